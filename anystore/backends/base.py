@@ -1,0 +1,197 @@
+"""What a backend is: the two verbs that move data, allocation, and conversion in."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.convert import library_of, to_numpy
+from anystore.rows import Rows
+from anystore.specs import ArraySpec
+
+__all__ = ["Array", "Backend", "host_memory", "parse_device"]
+
+Array = Any
+"""An array of the library at hand."""
+Buffer = Any
+"""What a backend keeps a leaf in: as a rule an array, for a library of immutable arrays a holder of one."""
+
+
+class Backend(ABC):
+    """An array library on one device, and how leaves are moved in and out of its buffers.
+
+    Attributes
+    ----------
+    name : str
+        The name that selects it.
+    device : str
+        The device, in the spelling that is the same for every library: "cpu", "cuda:0", ...
+    xp : module
+        The array-API namespace, through array-api-compat where the library needs it.
+
+    Notes
+    -----
+    Backends hold no data and can be shared between storages and threads. Buffers and rows that are handed to one have been
+    checked: rows are inside the buffers, leaves have the shape and dtype of their buffer.
+    """
+
+    name: str
+    library: str
+    """The package whose arrays these are."""
+    device: str
+    has_views: bool = True
+    """Whether memory can be shared with what `gather` returns."""
+
+    @property
+    @abstractmethod
+    def xp(self) -> ModuleType: ...
+
+    @classmethod
+    @abstractmethod
+    def devices(cls) -> list[str]:
+        """The devices that exist, best first; none where the library cannot be used."""
+
+    @abstractmethod
+    def native_dtype(self, dtype: np.dtype[Any]) -> Any:
+        """The library's own dtype.
+
+        Raises
+        ------
+        ValueError
+            If it has none, with the remedy.
+        """
+
+    @abstractmethod
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
+        """A buffer of zeros, with memory committed only as rows are written wherever the device allows it."""
+
+    @abstractmethod
+    def gather(self, buffers: Sequence[Buffer], rows: Rows, copy: bool | None) -> list[Array]:
+        """The rows of every buffer.
+
+        Views if `copy` is False, which is asked for only where `views` says that they can be had; memory of their
+        own if it is True; None leaves it to the backend.
+        """
+
+    @abstractmethod
+    def gather_into(self, buffers: Sequence[Buffer], rows: Rows, out: Sequence[Array]) -> None:
+        """Fill `out` with the rows of every buffer."""
+
+    @abstractmethod
+    def scatter(self, buffers: Sequence[Buffer], rows: Rows, leaves: Sequence[Array]) -> None:
+        """Write a leaf to the rows of each buffer; a leaf of the shape of one item goes to every row.
+
+        Where a row is there more than once, the last value stays.
+        """
+
+    @abstractmethod
+    def from_numpy(self, array: NDArray[Any]) -> Array:
+        """An array of the library with the same values, on the device; it may share the memory of `array`."""
+
+    @abstractmethod
+    def move(self, array: Array, dtype: Any) -> Array:
+        """An array of the library, whatever its device and dtype, on this device and in this native dtype."""
+
+    def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
+        """`value`, an array of any library, as one of this library, on this device and in this dtype."""
+        if library_of(value) == self.library:
+            return self.move(value, self.native_dtype(dtype))
+        return self.from_numpy(to_numpy(value).astype(dtype, copy=False))
+
+    def fits(self, leaves: Sequence[Any], specs: Sequence[ArraySpec], lead: tuple[int, ...]) -> bool:
+        """Whether `scatter` can take all leaves just as they are, told at a glance; False is always right."""
+        return False
+
+    def array(self, buffer: Buffer) -> Array:
+        """The live array of a buffer."""
+        return buffer
+
+    def views(self, rows: Rows) -> bool:
+        """Whether these rows of a buffer can be had without a copy."""
+        return self.has_views and isinstance(rows, (int, range))
+
+    def writable(self, array: Array) -> bool:
+        """Whether `array` is one of this library, on this device, that can be written to."""
+        return library_of(array) == self.library
+
+    def free_memory(self) -> int | None:
+        """The bytes that can still be allocated on the device, or None if that cannot be told."""
+        return host_memory()
+
+    def __repr__(self) -> str:
+        return f"<anystore backend {self.name} on {self.device}>"
+
+    def __reduce__(self) -> Any:
+        from anystore.backends import select_backend
+
+        return select_backend, (self.name, self.device)
+
+
+def no_dtype(library: str, dtype: np.dtype[Any], remedy: str = "choose another dtype or another backend") -> ValueError:
+    """The error for a dtype that a library lacks."""
+    return ValueError(f"{library} has no {dtype}; {remedy}")
+
+
+@functools.lru_cache(maxsize=256)
+def parse_device(device: str) -> tuple[str, int | None]:
+    """The kind and the number of a device as the user spelled it: "cuda:1", "gpu", "cpu".
+
+    Raises
+    ------
+    ValueError
+        If it is spelled in another way.
+    """
+    match = re.fullmatch(r"([a-z_]+)(?::(\d+))?", device.strip().lower())
+    if match is None:
+        raise ValueError(f"expected a device such as 'cpu', 'cuda' or 'cuda:1', found {device!r}")
+    kind = "cuda" if match[1] == "gpu" else match[1]
+    return kind, None if match[2] is None else int(match[2])
+
+
+def spell_device(kind: str, number: int) -> str:
+    """The one spelling of a device."""
+    kind = "cuda" if kind == "gpu" else kind
+    return "cpu" if (kind, number) == ("cpu", 0) else f"{kind}:{number}"
+
+
+def resolve_device(device: str, devices: Sequence[str], library: str) -> str:
+    """The one of `devices` that the user means by `device`; the first of its kind if no number is given.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device; the message lists those that there are.
+    """
+    if device in devices:
+        return device
+    kind, number = parse_device(device)
+    if number is None:
+        found = [name for name in devices if parse_device(name)[0] == kind]
+    else:
+        found = [name for name in devices if name == spell_device(kind, number)]
+    if not found:
+        raise ValueError(f"{library} has no device {device!r} here; there are: {', '.join(devices) or 'none'}")
+    return found[0]
+
+
+def host_memory() -> int | None:
+    """The bytes of main memory that are free or can be freed, or None if the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,173 @@
+"""JAX, on the CPU, a GPU or a TPU: immutable arrays, updated in place by giving them away."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import NDArray
+
+from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
+from anystore.rows import Rows, last_writes
+
+__all__ = ["JaxBackend"]
+
+
+class _Cell:
+    """The place of an array that every write replaces by its successor."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: jax.Array) -> None:
+        self.array = array
+
+
+class JaxBackend(Backend):
+    """JAX arrays.
+
+    Notes
+    -----
+    A write hands its buffers over to a compiled update (``donate_argnums``), which reuses their memory: an array that
+    was taken from ``Storage.buffers`` before the write is deleted by it. While a zero-copy view of it lives outside of
+    JAX (``numpy.asarray(array)`` on the CPU), XLA copies the whole buffer instead, at the price of time and not of
+    right results.
+
+    Every function is compiled once per shape of the rows: batches of one size are fast, batches of ever new sizes are not.
+    """
+
+    name = library = "jax"
+    has_views = False
+
+    def __init__(self, device: Any = None) -> None:
+        if isinstance(device, jax.Device):
+            device = spell_device(device.platform, device.id)
+        devices = self.devices()
+        self.device = devices[0] if device is None else resolve_device(str(device), devices, "JAX")
+        self._device = _existing()[self.device]
+
+    @property
+    def xp(self) -> ModuleType:
+        return jnp
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        return list(_existing())
+
+    def native_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        try:
+            native = np.dtype(jax.dtypes.canonicalize_dtype(dtype)) if dtype.isnative else None
+        except TypeError:
+            native = None
+        if native is None:
+            raise no_dtype("JAX", dtype)
+        if native != dtype:
+            raise no_dtype(
+                "JAX", dtype, f'call jax.config.update("jax_enable_x64", True) first, or give the leaf {native}'
+            )
+        return native
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Cell:
+        limit = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max
+        if shape[0] - 1 > limit:
+            raise ValueError(f"JAX counts rows in 32 bits, up to {limit}, unless jax_enable_x64 is set")
+        with jax.default_device(self._device):
+            return _Cell(jax.device_put(jnp.zeros(shape, dtype), self._device))
+
+    def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
+        arrays = [buffer.array for buffer in buffers]
+        if isinstance(rows, range) and rows.step == 1:
+            return _read_slice(arrays, rows.start, len(rows))
+        return _read_rows(arrays, np.asarray(rows, np.intp))
+
+    def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
+        raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
+
+    def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
+        arrays = [buffer.array for buffer in buffers]
+        if isinstance(rows, int):
+            written = _write_slice(arrays, rows, list(leaves), 1)
+        elif isinstance(rows, range) and rows.step == 1:
+            written = _write_slice(arrays, rows.start, list(leaves), len(rows))
+        else:
+            index = np.asarray(rows, np.intp)
+            last = last_writes(index.reshape(-1))
+            written = _write_rows(arrays, index, list(leaves), last)
+        for buffer, array in zip(buffers, written):
+            buffer.array = array
+
+    def from_numpy(self, array: NDArray[Any]) -> jax.Array:
+        # A copy, since the device may share the memory and read it later, when its owner has changed it.
+        return jax.device_put(jnp.array(array, copy=True), self._device)
+
+    def move(self, array: jax.Array, dtype: Any) -> jax.Array:
+        return jax.device_put(array.astype(dtype), self._device)
+
+    def array(self, buffer: _Cell) -> jax.Array:
+        return buffer.array
+
+    def writable(self, array: Any) -> bool:
+        return False
+
+    def free_memory(self) -> int | None:
+        if parse_device(self.device)[0] == "cpu":
+            return host_memory()
+        stats = self._device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return None
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def _existing() -> dict[str, jax.Device]:
+    """Every device of every platform, the default one first."""
+    found = list(jax.devices())
+    if found[0].platform != "cpu":
+        found += jax.devices("cpu")
+    return {spell_device(device.platform, number): device for number, device in _numbered(found)}
+
+
+def _numbered(devices: Sequence[jax.Device]) -> list[tuple[int, jax.Device]]:
+    counts: dict[str, int] = {}
+    numbered = []
+    for device in devices:
+        number = counts.get(device.platform, 0)
+        counts[device.platform] = number + 1
+        numbered.append((number, device))
+    return numbered
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _read_slice(buffers: list[jax.Array], start: Any, length: int) -> list[jax.Array]:
+    return [lax.dynamic_slice_in_dim(buffer, start, length) for buffer in buffers]
+
+
+@jax.jit
+def _read_rows(buffers: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
+    return [buffer.at[rows].get(mode="promise_in_bounds") for buffer in buffers]
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _write_slice(buffers: list[jax.Array], start: Any, leaves: list[jax.Array], length: int) -> list[jax.Array]:
+    def write(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
+        block = jnp.broadcast_to(leaf, (length, *buffer.shape[1:]))
+        return lax.dynamic_update_slice_in_dim(buffer, block, start, 0)
+
+    return [write(buffer, leaf) for buffer, leaf in zip(buffers, leaves)]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(
+    buffers: list[jax.Array], rows: jax.Array, leaves: list[jax.Array], last: jax.Array | None
+) -> list[jax.Array]:
+    def write(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
+        batch = jnp.broadcast_to(leaf, rows.shape + buffer.shape[1:])
+        if last is not None:
+            batch = batch.reshape((rows.size, *buffer.shape[1:]))[last].reshape(batch.shape)
+        return buffer.at[rows].set(batch, mode="promise_in_bounds", unique_indices=last is None)
+
+    return [write(buffer, leaf) for buffer, leaf in zip(buffers, leaves)]

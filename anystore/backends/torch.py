@@ -1,0 +1,135 @@
+"""torch, on the CPU, a GPU or whatever it supports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.torch
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
+from anystore.rows import Rows, basic_index, last_writes
+
+__all__ = ["TorchBackend"]
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TorchBackend(Backend):
+    """torch tensors; buffers never require gradients.
+
+    Notes
+    -----
+    On a GPU everything runs on torch's current stream.
+    """
+
+    name = library = "torch"
+
+    def __init__(self, device: Any = None) -> None:
+        if device is None:
+            device = torch.get_default_device()
+        self.device = resolve_device(str(device), self.devices(), "torch")
+        self._device = torch.device(self.device)
+
+    @property
+    def xp(self) -> ModuleType:
+        return array_api_compat.torch
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        found = ["cpu"]
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+            found += [spell_device(kind, number) for number in range(torch.accelerator.device_count())]
+        return found
+
+    def native_dtype(self, dtype: np.dtype[Any]) -> torch.dtype:
+        native = getattr(torch, dtype.name, None) if dtype.isnative else None
+        if not isinstance(native, torch.dtype):
+            raise no_dtype("torch", dtype)
+        return native
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+        if self.device != "cpu":
+            return torch.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
+        # torch.zeros writes to every page; NumPy takes pages of zeros from the system, committed when written to.
+        zeros = torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8))
+        if zeros.numel() == 0:
+            return torch.zeros(shape, dtype=self.native_dtype(dtype))
+        return zeros.view(self.native_dtype(dtype)).view(shape)
+
+    def gather(self, buffers: Sequence[torch.Tensor], rows: Rows, copy: bool | None) -> list[Array]:
+        if self.views(rows):
+            index = basic_index(rows)
+            views = [buffer[index] for buffer in buffers]
+            return [view.clone() for view in views] if copy else views
+        index, shape = self._index(rows)
+        return [buffer.index_select(0, index).view(shape + buffer.shape[1:]) for buffer in buffers]
+
+    def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
+        if self.views(rows):
+            for view, tensor in zip(self.gather(buffers, rows, copy=False), out):
+                tensor.copy_(view)
+            return
+        index, shape = self._index(rows)
+        for buffer, tensor in zip(buffers, out):
+            if tensor.is_contiguous():
+                torch.index_select(buffer, 0, index, out=tensor.view((math.prod(shape), *buffer.shape[1:])))
+            else:
+                tensor.copy_(buffer.index_select(0, index).view(tensor.shape))
+
+    @torch.no_grad()
+    def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
+        if self.views(rows):
+            for view, leaf in zip(self.gather(buffers, rows, copy=False), leaves):
+                view.copy_(leaf)
+            return
+        index, shape = self._index(rows)
+        last = last_writes(index.numpy()) if self.device == "cpu" else last_writes(index.cpu().numpy())
+        for buffer, leaf in zip(buffers, leaves):
+            if leaf.ndim < buffer.ndim - 1 + len(shape):
+                leaf = leaf.expand((len(index), *buffer.shape[1:]))
+            else:
+                leaf = leaf.reshape((len(index), *buffer.shape[1:]))
+                if last is not None:
+                    leaf = leaf.index_select(0, torch.from_numpy(last).to(self._device))
+            if leaf.numel() == 0:
+                continue
+            # As integers: index_copy_ knows neither the wider unsigned ones nor float8.
+            bits = _BITS.get(buffer.itemsize, buffer.dtype)
+            buffer.view(bits).index_copy_(0, index, leaf.contiguous().view(bits))
+
+    def from_numpy(self, array: NDArray[Any]) -> torch.Tensor:
+        if any(stride < 0 for stride in array.strides) or not array.flags.writeable or not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
+        dtype = self.native_dtype(array.dtype)
+        if array.dtype.kind == "V":  # an extension dtype, which torch.from_numpy does not know (pytorch #101781)
+            array = array.view(f"i{array.dtype.itemsize}")
+            return torch.from_numpy(array).to(self._device).view(dtype)
+        return torch.from_numpy(array).to(self._device)
+
+    def move(self, array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return array.detach().to(self._device, dtype)
+
+    def views(self, rows: Rows) -> bool:
+        # torch has no negative strides.
+        return super().views(rows) and not (isinstance(rows, range) and rows.step < 0)
+
+    def writable(self, array: Any) -> bool:
+        return isinstance(array, torch.Tensor) and array.device == self._device and not array.requires_grad
+
+    def free_memory(self) -> int | None:
+        kind, _ = parse_device(self.device)
+        if kind == "cuda":
+            return torch.cuda.mem_get_info(self._device)[0]
+        return host_memory() if kind == "cpu" else None
+
+    def _index(self, rows: Rows) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """The rows as a flat tensor on the device, and the shape that they had."""
+        array = np.asarray(rows, np.intp)
+        return torch.from_numpy(array.reshape(-1)).to(self._device), array.shape

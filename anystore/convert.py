@@ -1,0 +1,72 @@
+"""Arrays of any library, read into NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.specs import as_dtype
+
+__all__ = ["is_array", "library_of", "to_numpy"]
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array, of whatever library."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def library_of(value: Any) -> str:
+    """The package that the class of `value` comes from."""
+    return type(value).__module__.partition(".")[0]
+
+
+def to_numpy(value: Any) -> NDArray[Any]:
+    """`value`, an array of any library on any device, as a NumPy array; the memory is shared where it can be.
+
+    Raises
+    ------
+    TypeError
+        If the array cannot be read into NumPy.
+    """
+    if type(value) is np.ndarray:
+        return value
+    try:
+        return _READERS.get(library_of(value), _read)(value)
+    except Exception as error:
+        raise TypeError(f"an array of type {type(value).__name__} cannot be read into NumPy: {error}") from error
+
+
+def _read(array: Any) -> NDArray[Any]:
+    return np.asarray(array)
+
+
+def _read_cupy(array: Any) -> NDArray[Any]:
+    host: NDArray[Any] = array.get()
+    return host
+
+
+def _read_torch(tensor: Any) -> NDArray[Any]:
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    dtype = as_dtype(tensor.dtype)
+    if dtype.kind != "V":
+        return np.asarray(tensor)
+    # bfloat16 and float8, which Tensor.numpy() does not know (pytorch #109873)
+    bits = {1: "uint8", 2: "int16"}[dtype.itemsize]
+    import torch
+
+    return np.asarray(tensor.view(getattr(torch, bits))).view(dtype)
+
+
+def _read_strict(array: Any) -> NDArray[Any]:
+    # numpy.asarray reads from its CPU device only, DLPack from every one.
+    return np.from_dlpack(array)
+
+
+_READERS: dict[str, Callable[[Any], NDArray[Any]]] = {
+    "array_api_strict": _read_strict,
+    "cupy": _read_cupy,
+    "torch": _read_torch,
+}

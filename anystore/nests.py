@@ -1,0 +1,246 @@
+"""A nest of leaves: taken apart, put together, and the path of each leaf ("obs/image").
+
+optree does the work. Dataclasses and attrs classes are made known to it, in a namespace of our own, the first
+time that one is met in a spec.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import optree
+
+from anystore.specs import ArraySpec, understand
+
+__all__ = ["Nest"]
+
+_NAMESPACE = "anystore"
+
+
+class Nest:
+    """A nest of specs: what takes items apart into leaves, and leaves together into items.
+
+    Parameters
+    ----------
+    data_spec : nest of specs
+        dict, OrderedDict, list, tuple, namedtuple, dataclass and attrs class in any depth, with ArraySpec or a
+        foreign spec at the leaves.
+
+    Attributes
+    ----------
+    data_spec : nest of ArraySpec
+        The same nest with an ArraySpec at every leaf.
+    specs : tuple of ArraySpec
+        The leaves, in the order in which they are stored.
+    paths : tuple of str
+        Where each leaf stands in the nest; "" for a nest that is a single leaf.
+    pack : callable
+        Puts a list of leaves together into a nest of the very types of the spec.
+
+    Raises
+    ------
+    ValueError
+        If a leaf is not a spec (with its path), or there is no leaf.
+    """
+
+    __slots__ = ("_flatten_up_to", "data_spec", "pack", "paths", "specs")
+
+    def __init__(self, data_spec: Any) -> None:
+        self.data_spec = _understand(data_spec, "")
+        leaves, treespec = _flatten(self.data_spec)
+        if not leaves:
+            raise ValueError(f"expected a nest with at least one ArraySpec, found {data_spec!r:.80}")
+        self.specs: tuple[ArraySpec, ...] = tuple(leaves)
+        self.paths: tuple[str, ...] = _paths(treespec)
+        self.pack: Callable[[Iterable[Any]], Any] = treespec.unflatten
+        self._flatten_up_to = treespec.flatten_up_to
+
+    def flatten(self, value: Any) -> list[Any]:
+        """The leaves of `value`, in the order of `specs`.
+
+        A mapping of any kind is taken where the spec has one, and a namedtuple with the same fields.
+
+        Raises
+        ------
+        ValueError
+            If `value` is not a nest like the spec; the message names every difference by its path.
+        """
+        try:
+            return self._flatten_up_to(value)
+        except ValueError:
+            differences: list[str] = []
+            leaves = _match(self.data_spec, value, "", differences)
+        if differences:
+            raise ValueError("\n".join(differences))
+        return leaves
+
+    def select(self, paths: tuple[str, ...]) -> tuple[Any, list[int]]:
+        """The part of the nest at `paths`, and the positions of its leaves.
+
+        Returns
+        -------
+        data_spec : nest of ArraySpec
+            The leaf or subtree itself for one path; for several a dict with the paths as keys.
+        positions : list of int
+            For each leaf of that nest its position in `specs`.
+
+        Raises
+        ------
+        ValueError
+            If a path is not there, or a leaf is selected twice.
+        """
+        parts = {path: self._subtree(path) for path in paths}
+        whole: Any = next(iter(parts.values())) if len(paths) == 1 else parts
+        positions, _ = _flatten(whole)
+        if not positions:
+            raise ValueError(f"expected the path of a leaf or a subtree; there are {_listed(self.paths)}")
+        if len(parts) < len(paths) or len(set(positions)) < len(positions):
+            raise ValueError(f"expected paths that do not overlap, found {', '.join(paths)}")
+        return optree.tree_map(self.specs.__getitem__, whole, none_is_leaf=True, namespace=_NAMESPACE), positions
+
+    def _subtree(self, path: str) -> Any:
+        node = self.pack(range(len(self.specs)))
+        rest, here = path, ""
+        while rest:
+            children = {str(key): child for key, child in _children(node).items()}
+            # A key may itself hold a slash, so the longest one that fits is taken.
+            name = max((name for name in children if f"{rest}/".startswith(f"{name}/")), key=len, default=None)
+            if name is None:
+                raise ValueError(f"{path!r} is not in the spec; there are {_listed(self.paths)}")
+            node, rest, here = children[name], rest[len(name) + 1 :], _join(here, name)
+        return node
+
+
+def example_spec(item: Any) -> Any:
+    """The nest of specs that `item`, a nest of arrays and numbers, is an instance of.
+
+    Raises
+    ------
+    ValueError
+        If a leaf is neither an array nor a number; with its path.
+    """
+    leaves, treespec = _flatten(item)
+    specs = []
+    for path, leaf in zip(_paths(treespec), leaves):
+        try:
+            specs.append(ArraySpec.from_array(leaf))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{label(path)}: {error}") from None
+    return treespec.unflatten(specs)
+
+
+def label(path: str) -> str:
+    """How a message names the leaf at `path`."""
+    return path or "the item"
+
+
+def _flatten(nest: Any) -> tuple[list[Any], Any]:
+    return optree.tree_flatten(nest, is_leaf=_is_spec, none_is_leaf=True, namespace=_NAMESPACE)
+
+
+def _understand(data_spec: Any, prefix: str) -> Any:
+    """`data_spec` with every leaf replaced by an ArraySpec; `prefix` is the path that leads to it."""
+    leaves, treespec = _flatten(data_spec)
+    specs = []
+    for path, leaf in zip(_paths(treespec), leaves):
+        here = _join(prefix, path)
+        try:
+            spec = understand(leaf)
+        except ValueError as error:
+            raise ValueError(f"{label(here)}: {error}") from None
+        specs.append(spec if isinstance(spec, ArraySpec) else _understand(spec, here))
+    return treespec.unflatten(specs)
+
+
+def _is_spec(node: Any) -> bool:
+    """Whether to stop at `node`; on the way, optree learns the classes it does not know."""
+    if isinstance(node, ArraySpec):  # a dataclass too, but never a nest
+        return True
+    fields = _fields(type(node))
+    if fields is not None and optree.register_pytree_node.get(type(node), namespace=_NAMESPACE) is None:  # type: ignore[attr-defined]
+        _register(type(node), fields)
+    return False
+
+
+def _fields(cls: type) -> dict[str, str] | None:
+    """The fields of a dataclass or attrs class and what its constructor calls each; None for any other class."""
+    if dataclasses.is_dataclass(cls):
+        return {field.name: field.name for field in dataclasses.fields(cls) if field.init}
+    if "__attrs_attrs__" in vars(cls):
+        return {field.name: field.alias for field in vars(cls)["__attrs_attrs__"] if field.init}
+    return None
+
+
+def _register(cls: type, fields: dict[str, str]) -> None:
+    names, keywords = tuple(fields), tuple(fields.values())
+
+    def flatten(node: Any) -> tuple[list[Any], None, tuple[str, ...]]:
+        return [getattr(node, name) for name in names], None, names
+
+    def unflatten(_: None, leaves: Iterable[Any]) -> Any:
+        return cls(**dict(zip(keywords, leaves)))
+
+    optree.register_pytree_node(
+        cls, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=_NAMESPACE
+    )
+
+
+def _paths(treespec: Any) -> tuple[str, ...]:
+    return tuple("/".join(_name(entry) for entry in accessor) for accessor in treespec.accessors())
+
+
+def _name(entry: Any) -> str:
+    return str(entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry)
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return ", ".join(label(path) for path in paths)
+
+
+def _children(node: Any) -> dict[Any, Any]:
+    """The children of a node by key, field or position, in the order of their leaves; none for a leaf."""
+    try:
+        children, _, keys, _ = optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=_NAMESPACE)
+    except ValueError:  # no node for optree, such as a mapping or a list of a class that it does not know
+        if isinstance(node, Mapping):
+            return dict(node.items())
+        return dict(enumerate(node)) if isinstance(node, (list, tuple)) else {}
+    return dict(zip(getattr(node, "_fields", keys), children))
+
+
+def _alike(spec: Any, value: Any) -> bool:
+    """Whether a value may stand where the spec has this node, whatever its children."""
+    if isinstance(spec, Mapping):
+        return isinstance(value, Mapping)
+    if hasattr(spec, "_fields"):
+        return isinstance(value, tuple) and getattr(value, "_fields", None) == spec._fields
+    if isinstance(spec, (list, tuple)):
+        return isinstance(value, type(spec)) and not hasattr(value, "_fields")
+    return type(value) is type(spec)
+
+
+def _match(spec: Any, value: Any, path: str, differences: list[str]) -> list[Any]:
+    """The leaves of `value` where `spec` has them; what differs is added to `differences`, a line each."""
+    if isinstance(spec, ArraySpec):
+        return [value]
+    if not _alike(spec, value):
+        differences.append(f"{label(path)}: expected a {type(spec).__name__}, found a {type(value).__name__}")
+        return []
+    expected, found = _children(spec), _children(value)
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    if missing or unexpected:
+        parts = [f"missing {missing}"] * bool(missing) + [f"unexpected {unexpected}"] * bool(unexpected)
+        differences.append(f"{label(path)}: {', '.join(parts)}; expected {list(expected)}")
+    return [
+        leaf
+        for key in expected
+        if key in found
+        for leaf in _match(expected[key], found[key], _join(path, str(key)), differences)
+    ]

@@ -1,0 +1,138 @@
+"""An index as the user wrote it, and the rows that it means.
+
+Whatever the index, the rows are one of three, all of them inside the storage:
+
+- an ``int``: one item, without a leading axis;
+- a ``range``: a slice;
+- a C-contiguous NumPy array of ``intp``: a batch with the array's shape in front.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.convert import is_array, to_numpy
+
+__all__ = ["Rows", "basic_index", "find_rows", "last_writes", "leading_shape"]
+
+IndexArray = NDArray[np.intp]
+Rows = Union[int, range, IndexArray]
+
+_TAKEN = "an index is an int, a slice, integers (a list, a range, an array), a mask of the capacity's length, or ..."
+
+
+def find_rows(index: Any, capacity: int) -> Rows:
+    """The rows that `index` means in a storage of `capacity` rows.
+
+    Raises
+    ------
+    IndexError
+        If a row is out of range, or an array is neither of integers nor a mask of the right length.
+    TypeError
+        If `index` is of no kind that is taken.
+    """
+    if type(index) is int:
+        return _inside(index, capacity)
+    if type(index) is slice:
+        return _from_slice(index, capacity)
+    if type(index) is np.ndarray:
+        return _from_array(index, capacity)
+    if index is Ellipsis:
+        return range(capacity)
+    if is_array(index) and not isinstance(index, np.generic):
+        return _from_array(to_numpy(index), capacity)
+    if isinstance(index, (bool, np.bool_, str, bytes, tuple)):
+        raise TypeError(f"{_TAKEN}; found a {type(index).__name__}: {index!r:.80}")
+    if isinstance(index, Sequence):
+        return _from_array(_sequence(index), capacity)
+    try:
+        return _inside(operator.index(index), capacity)
+    except TypeError:
+        raise TypeError(f"{_TAKEN}; found a {type(index).__name__}: {index!r:.80}") from None
+
+
+def leading_shape(rows: Rows) -> tuple[int, ...]:
+    """The axes that a batch of these rows has in front of those of an item."""
+    if type(rows) is int:
+        return ()
+    if type(rows) is range:
+        return (len(rows),)
+    return rows.shape  # type: ignore[union-attr]
+
+
+def basic_index(rows: int | range) -> tuple[Any, ...]:
+    """What to index a buffer with to have these rows as a view, a single number of a single row included."""
+    if isinstance(rows, int):
+        return rows, ...
+    # Counting down to row 0 ends at -1, which a slice would read as the last row.
+    return slice(rows.start, rows.stop if rows.stop >= 0 else None, rows.step), ...
+
+
+def last_writes(rows: IndexArray) -> IndexArray | None:
+    """For each of the (flat) rows, the position of the last value that is written to it.
+
+    With ``values[last_writes(rows)]`` every write to a row writes the same value, so that the last one wins in
+    whatever order a library writes. None stands for "each row is there once".
+    """
+    order = np.argsort(rows, kind="stable")
+    ranked = rows[order]
+    changes = ranked[1:] != ranked[:-1]
+    if changes.all():
+        return None
+    ends = np.append(np.flatnonzero(changes), rows.size - 1)  # of each run of equal rows
+    last = np.empty_like(order)
+    last[order] = np.repeat(order[ends], np.diff(ends, prepend=-1))
+    return last
+
+
+def _inside(row: int, capacity: int) -> int:
+    if 0 <= row < capacity:
+        return row
+    if -capacity <= row < 0:
+        return row + capacity
+    raise IndexError(f"row {row} is out of range for a capacity of {capacity}")
+
+
+def _from_slice(index: slice, capacity: int) -> range:
+    try:
+        return range(*index.indices(capacity))
+    except TypeError:
+        raise TypeError(f"expected a slice of integers, found {index}") from None
+
+
+def _from_array(index: NDArray[Any], capacity: int) -> Rows:
+    kind = index.dtype.kind
+    if kind == "b":
+        return _from_mask(index, capacity)
+    if kind not in "iu":
+        raise IndexError(f"{_TAKEN}; found an array of {index.dtype}")
+    if index.ndim == 0:
+        return _inside(int(index), capacity)
+    if index.size == 0:
+        return np.empty(index.shape, np.intp)
+    # Checked in the index's own dtype: a uint64 past the range of intp would come out negative.
+    low, high = index.min(), index.max()
+    if high >= capacity or low < -capacity:
+        raise IndexError(f"row {high if high >= capacity else low} is out of range for a capacity of {capacity}")
+    rows = np.ascontiguousarray(index, np.intp)
+    return rows if low >= 0 else np.where(rows < 0, rows + capacity, rows)
+
+
+def _from_mask(mask: NDArray[np.bool_], capacity: int) -> IndexArray:
+    if mask.shape != (capacity,):
+        raise IndexError(f"expected a mask of shape ({capacity},), one for each row, found one of shape {mask.shape}")
+    return np.flatnonzero(mask)
+
+
+def _sequence(index: Sequence[Any]) -> NDArray[Any]:
+    if len(index) == 0:
+        return np.empty(0, np.intp)  # NumPy would make an array of floats
+    try:
+        return np.asarray(index)
+    except (TypeError, ValueError):
+        raise TypeError(f"{_TAKEN}; found a {type(index).__name__} that is none of these: {index!r:.80}") from None

@@ -1,0 +1,345 @@
+"""Storage: a spec, a capacity, and one buffer for each leaf of the spec."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.backends import Backend, select_backend
+from anystore.convert import to_numpy
+from anystore.nests import Nest, example_spec, label
+from anystore.plan import Plan
+from anystore.rows import Rows, find_rows, leading_shape
+from anystore.specs import ArraySpec
+from anystore.values import CASTINGS, Casting, admit
+
+__all__ = ["Storage"]
+
+
+class Storage:
+    """A fixed number of rows for nested items, one buffer per leaf, in the array library and on the device named.
+
+    Parameters
+    ----------
+    data_spec : nest of specs
+        What an item looks like: dicts, lists, tuples, namedtuples, dataclasses and attrs classes in any depth, with
+        an `ArraySpec` at each leaf, or the spec of another library, or a Gymnasium space.
+    capacity : int
+        The number of rows.
+    backend : str, module, array or Backend, default "numpy"
+        The array library; see `select_backend`.
+    device : str or device object, optional
+        Where the buffers live; see `select_backend`.
+    casting : {"no", "equiv", "safe", "same_kind", "unsafe"}, default "same_kind"
+        Which dtypes `set` converts to that of the spec, in NumPy's words and by its rules.
+
+    Raises
+    ------
+    ValueError
+        If a leaf is not a spec, or of a dtype that the library lacks (with its path); if the capacity is not positive;
+        if there is no such backend or device.
+    ImportError
+        If the library is not installed.
+    MemoryError
+        If the buffers cannot be allocated.
+
+    Warns
+    -----
+    RuntimeWarning
+        If the buffers are larger than the memory that is free.
+
+    Notes
+    -----
+    An index is an int, a slice, integers (a list, a range, an array of any library, in any number of dimensions), a
+    mask of the capacity's length, or ``...``. It means the same on every backend: negative rows count from the end, a
+    row out of range is an IndexError, and of several values for one row the last one stays.
+
+    Rows that were never written hold zeros. On the CPU their memory is not committed (JAX commits it).
+
+    Any number of threads may read at once. Writing, resizing and unpickling need a lock of the caller's own against
+    both reading and writing.
+
+    The storage began as a reimplementation of ``tf_agents.utils.numpy_storage.NumpyStorage``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> store = Storage({"obs": ArraySpec((4,), "float32"), "reward": ArraySpec((), "float32")}, capacity=100)
+    >>> store.set(7, {"obs": np.ones(4, np.float32), "reward": 0.5})
+    >>> store.get([7, 7, 8])["reward"]
+    array([0.5, 0.5, 0. ], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        data_spec: Any,
+        capacity: int,
+        *,
+        backend: Any = "numpy",
+        device: Any = None,
+        casting: Casting = "same_kind",
+    ) -> None:
+        if casting not in CASTINGS:
+            raise ValueError(f"expected a casting among {', '.join(CASTINGS)}, found {casting!r}")
+        self._attach(Nest(data_spec), _as_capacity(capacity), select_backend(backend, device), casting)
+        self._buffers = self._allocate(self._capacity)
+
+    @classmethod
+    def like(cls, item: Any, capacity: int, **options: Any) -> Storage:
+        """A storage for items like `item`, a nest of arrays of any library and Python numbers.
+
+        Parameters
+        ----------
+        item : nest of arrays and numbers
+            An example; it is not stored.
+        capacity : int
+            The number of rows.
+        **options
+            Those of the class.
+        """
+        return cls(example_spec(item), capacity, **options)
+
+    def _attach(self, nest: Nest, capacity: int, backend: Backend, casting: Casting) -> None:
+        """Everything but the buffers."""
+        self._nest = nest
+        self._capacity = capacity
+        self._backend = backend
+        self._casting = casting
+        self._dtypes = []
+        for path, spec in zip(nest.paths, nest.specs):
+            try:
+                self._dtypes.append(backend.native_dtype(spec.dtype))
+            except ValueError as error:
+                raise ValueError(f"{label(path)}: {error}") from None
+        self._selections: weakref.WeakSet[Storage] = weakref.WeakSet()
+        self._selected_from: tuple[Storage, list[int]] | None = None
+
+    def _allocate(self, capacity: int) -> list[Any]:
+        needed, free = self._plan(capacity).nbytes, self._backend.free_memory()
+        if free is not None and needed > free:
+            warnings.warn(
+                f"this storage takes {needed:,} bytes when it is full; {free:,} bytes are free on {self.device}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return [self._backend.allocate((capacity, *spec.shape), spec.dtype) for spec in self._nest.specs]
+
+    def get(self, idx: Any, *, copy: bool | None = True, out: Any = None) -> Any:
+        """The items at `idx`.
+
+        Parameters
+        ----------
+        idx : index
+            Which rows.
+        copy : bool or None, default True
+            True: what is returned shares no memory with the storage. False: live views of the buffers. None: views
+            where they can be had. (As in the array API standard.)
+        out : nest of arrays, optional
+            Arrays of the storage's library and device to fill and return; they must not overlap the storage's own.
+
+        Returns
+        -------
+        nest of arrays
+            Of the types of the spec. Each leaf has the index's axes in front: none for an int, one for a slice or a
+            mask, those of the array for an array of integers.
+
+        Raises
+        ------
+        IndexError, TypeError
+            For an index that is out of range or none at all.
+        ValueError
+            If `copy` is False and views cannot be had (an array of rows; a library of immutable arrays), or `out`
+            does not fit.
+        """
+        rows = find_rows(idx, self._capacity)
+        if out is not None:
+            return self._get_into(rows, out, copy)
+        if copy is False and not self._backend.views(rows):
+            raise ValueError(f"{_no_view(self._backend, rows)}; pass copy=None or copy=True")
+        return self._nest.pack(self._backend.gather(self._buffers, rows, copy))
+
+    def set(self, table_idx: Any, value: Any) -> None:
+        """Write `value` to the rows at `table_idx`, whole or not at all.
+
+        Parameters
+        ----------
+        table_idx : index
+            Which rows. If a row is there more than once, the last of its values stays.
+        value : nest
+            An item or a batch: a nest like the spec, with arrays of any library on any device, Python numbers, or
+            lists of these. A leaf has the index's axes in front; one of exactly its spec's shape goes to all rows.
+            It is copied, and may be changed once `set` has returned.
+
+        Raises
+        ------
+        IndexError, TypeError
+            For an index that is out of range or none at all.
+        ValueError
+            For a structure or a shape that does not fit, with the paths of the leaves.
+        TypeError
+            For a dtype that the storage's casting refuses.
+        OverflowError
+            For a Python int that does not fit its dtype.
+        """
+        rows = find_rows(table_idx, self._capacity)
+        leaves = self._nest.flatten(value)
+        lead = leading_shape(rows)
+        if not self._backend.fits(leaves, self._nest.specs, lead):
+            leaves = admit(leaves, self._nest.specs, self._nest.paths, lead, self._casting, self._backend)
+        self._backend.scatter(self._buffers, rows, leaves)
+
+    def _get_into(self, rows: Rows, out: Any, copy: bool | None) -> Any:
+        if copy is False:
+            raise ValueError("out= is filled with a copy; pass copy=True or copy=None with it")
+        arrays, lead = self._nest.flatten(out), leading_shape(rows)
+        for path, array, spec, dtype in zip(self._nest.paths, arrays, self._nest.specs, self._dtypes):
+            if not self._backend.writable(array):
+                expected = f"a writable array of {self._backend.library} on {self.device}"
+                raise ValueError(f"{label(path)}: expected {expected} in out=, found a {type(array).__name__}")
+            if tuple(array.shape) != lead + spec.shape:
+                raise ValueError(f"{label(path)}: expected shape {lead + spec.shape} in out=, found {tuple(array.shape)}")
+            if array.dtype != dtype:
+                raise ValueError(f"{label(path)}: expected {spec.dtype} in out=, found {array.dtype}")
+        self._backend.gather_into(self._buffers, rows, arrays)
+        return out
+
+    @property
+    def data_spec(self) -> Any:
+        """The nest of `ArraySpec` that items are instances of."""
+        return self._nest.data_spec
+
+    @property
+    def capacity(self) -> int:
+        """The number of rows."""
+        return self._capacity
+
+    @property
+    def backend(self) -> Backend:
+        """The array library and device, to share with other storages."""
+        return self._backend
+
+    @property
+    def device(self) -> str:
+        """Where the buffers live: "cpu", "cuda:0", ..."""
+        return self._backend.device
+
+    @property
+    def casting(self) -> Casting:
+        """Which dtypes `set` converts."""
+        return self._casting
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all buffers."""
+        return self._plan(self._capacity).nbytes
+
+    @property
+    def buffers(self) -> Any:
+        """The nest of the live buffers: each leaf has an axis of `capacity` in front.
+
+        Writing to them writes to the storage. On JAX they cannot be written to and live until the next `set`.
+        """
+        return self._nest.pack([self._backend.array(buffer) for buffer in self._buffers])
+
+    def __len__(self) -> int:
+        return self._capacity
+
+    def __repr__(self) -> str:
+        selected = "" if self._selected_from is None else ", selected"
+        head = f"Storage(capacity={self._capacity}, backend={self._backend.name!r}, device={self.device!r}{selected})"
+        return f"{head}\n{self._plan(self._capacity)}"
+
+    def select(self, *paths: str) -> Storage:
+        """A storage over part of the spec that shares this one's buffers.
+
+        Parameters
+        ----------
+        *paths : str
+            The path of a leaf or subtree ("obs/image"). For one path the items are that part itself; for several,
+            dicts with the paths as keys.
+
+        Returns
+        -------
+        Storage
+            With the same contract for those leaves alone. It follows when this storage is resized.
+
+        Raises
+        ------
+        ValueError
+            If a path is not in the spec, or a leaf would be selected twice.
+        """
+        data_spec, positions = self._nest.select(paths)
+        root, within = self._selected_from or (self, list(range(len(self._buffers))))
+        selection = Storage.__new__(Storage)
+        selection._attach(Nest(data_spec), self._capacity, self._backend, self._casting)
+        selection._buffers = [self._buffers[position] for position in positions]
+        selection._selected_from = root, [within[position] for position in positions]
+        root._selections.add(selection)
+        return selection
+
+    def resize(self, capacity: int) -> None:
+        """Change the number of rows, in place; rows below both the old and the new capacity keep their items.
+
+        Old and new buffers are there together for a while. Views that were taken before see the old ones.
+
+        Raises
+        ------
+        ValueError
+            If the capacity is not positive, or this storage is a selection: resize the one it was selected from.
+        MemoryError
+            If the buffers cannot be allocated; the storage stays as it was.
+        """
+        if self._selected_from is not None:
+            raise ValueError("a selection has the capacity of the storage it was selected from; resize that one")
+        capacity = _as_capacity(capacity)
+        kept = range(min(capacity, self._capacity))
+        buffers = self._allocate(capacity)
+        self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
+        self._buffers, self._capacity = buffers, capacity
+        for selection in self._selections:
+            _, positions = selection._selected_from  # type: ignore[misc]
+            selection._buffers, selection._capacity = [buffers[position] for position in positions], capacity
+
+    def _plan(self, capacity: int) -> Plan:
+        return Plan(capacity, dict(zip(self._nest.paths, self._nest.specs)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "data_spec": self.data_spec,
+            "capacity": self._capacity,
+            "backend": self._backend,
+            "casting": self._casting,
+            "buffers": [to_numpy(self._backend.array(buffer)) for buffer in self._buffers],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Storage.__init__(
+            self, state["data_spec"], state["capacity"], backend=state["backend"], casting=state["casting"]
+        )
+        arrays: list[NDArray[Any]] = state["buffers"]
+        self._backend.scatter(
+            self._buffers, range(self._capacity), [self._backend.from_numpy(array) for array in arrays]
+        )
+
+
+def _as_capacity(capacity: Any) -> int:
+    try:
+        number = operator.index(capacity)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(capacity, (bool, np.bool_)):
+        raise ValueError(f"expected a capacity of at least 1, an int, found {capacity!r}")
+    return number
+
+
+def _no_view(backend: Backend, rows: Rows) -> str:
+    if not backend.has_views:
+        return f"{backend.name} has no views of its arrays, so copy=False cannot be had"
+    if isinstance(rows, np.ndarray):
+        return "an array of rows is always a copy, so copy=False cannot be had"
+    return f"{backend.name} has no view of these rows, so copy=False cannot be had"

@@ -1,0 +1,127 @@
+"""A leaf as the user wrote it, checked against its spec, and brought to where its buffer lives.
+
+Nothing is written here: whatever a value can be refused for, it is refused for before the first buffer is touched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.convert import is_array
+from anystore.nests import label
+from anystore.specs import ArraySpec, as_dtype, kind_of, limits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anystore.backends import Backend
+
+__all__ = ["CASTINGS", "Casting", "admit"]
+
+Casting = Literal["no", "equiv", "safe", "same_kind", "unsafe"]
+CASTINGS: tuple[Casting, ...] = ("no", "equiv", "safe", "same_kind", "unsafe")
+
+
+class _Leaf(NamedTuple):
+    """A leaf of a value, with what the checks need to know of it."""
+
+    path: str
+    spec: ArraySpec
+    value: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_python: bool
+    """A number or list of Python's own, which has no dtype yet and takes that of the spec if it fits."""
+
+
+def admit(
+    values: Sequence[Any],
+    specs: Sequence[ArraySpec],
+    paths: Sequence[str],
+    lead: tuple[int, ...],
+    casting: Casting,
+    backend: Backend,
+) -> list[Any]:
+    """The leaves of an item or batch as arrays of the backend, of the very dtypes of their specs.
+
+    Parameters
+    ----------
+    values : sequence
+        Arrays of any library on any device, Python numbers, and lists of these.
+    lead : tuple of int
+        The axes that a batch has in front; a leaf of exactly its spec's shape is taken as well.
+
+    Raises
+    ------
+    ValueError
+        For a shape that does not fit.
+    TypeError
+        For a dtype that `casting` refuses, and for something that is no array.
+    OverflowError
+        For a Python int that does not fit its dtype.
+    """
+    leaves = [_describe(value, spec, path) for value, spec, path in zip(values, specs, paths)]
+    for leaf in leaves:
+        _check_shape(leaf, lead)
+    for leaf in leaves:
+        _check_dtype(leaf, casting)
+    return [backend.bring(_from_python(leaf) if leaf.is_python else leaf.value, leaf.spec.dtype) for leaf in leaves]
+
+
+def _describe(value: Any, spec: ArraySpec, path: str) -> _Leaf:
+    if is_array(value):
+        return _Leaf(path, spec, value, tuple(value.shape), as_dtype(value.dtype), is_python=False)
+    is_python = isinstance(value, (bool, int, float, complex, list, tuple))
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise _no_array(path, spec, value, f" ({error})") from None
+    if array.dtype.hasobject and not (is_python and _holds_integers(array)):
+        raise _no_array(path, spec, value)
+    return _Leaf(path, spec, array, array.shape, array.dtype, is_python)
+
+
+def _no_array(path: str, spec: ArraySpec, value: Any, why: str = "") -> TypeError:
+    found = f"{type(value).__name__}: {value!r:.80}"
+    return TypeError(f"{label(path)}: expected an array or numbers for {spec}, found a {found}{why}")
+
+
+def _holds_integers(array: NDArray[Any]) -> bool:
+    """Whether an array of objects is one of integers beyond 64 bits."""
+    return all(type(element) is int for element in array.flat)
+
+
+def _check_shape(leaf: _Leaf, lead: tuple[int, ...]) -> None:
+    expected = lead + leaf.spec.shape
+    if leaf.shape != expected and leaf.shape != leaf.spec.shape:
+        raise ValueError(f"{label(leaf.path)}: expected shape {expected}, found {leaf.shape}")
+
+
+def _check_dtype(leaf: _Leaf, casting: Casting) -> None:
+    if leaf.is_python and _python_fits(leaf.dtype, leaf.spec.dtype):
+        return
+    if leaf.dtype != leaf.spec.dtype and not np.can_cast(leaf.dtype, leaf.spec.dtype, casting):
+        raise TypeError(
+            f"{label(leaf.path)}: expected {leaf.spec.dtype}, found {leaf.dtype}, which casting={casting!r} refuses; "
+            "convert the value, or give the storage another casting"
+        )
+
+
+def _python_fits(found: np.dtype[Any], expected: np.dtype[Any]) -> bool:
+    """Whether Python numbers that NumPy reads as `found` may become `expected`: a bool any, an int no bool, ..."""
+    low, high = 1 if found.hasobject else kind_of(found), kind_of(expected)
+    return low is not None and high is not None and low <= high
+
+
+def _from_python(leaf: _Leaf) -> NDArray[Any]:
+    """The numbers in the dtype of their spec; integers only if every one of them fits."""
+    numbers: NDArray[Any] = leaf.value
+    if numbers.dtype.kind in "iuO" and numbers.size:
+        low, high = limits(leaf.spec.dtype)
+        if numbers.min() < low or numbers.max() > high:
+            found = f"{numbers.tolist()!r:.80}"
+            raise OverflowError(f"{label(leaf.path)}: expected integers that fit {leaf.spec.dtype}, found {found}")
+    return numbers.astype(leaf.spec.dtype)
