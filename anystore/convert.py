@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anystore.specs import as_dtype
+from anystore.specs import as_dtype, is_extension
 
 __all__ = ["is_array", "library_of", "to_numpy"]
 
@@ -51,13 +51,12 @@ def _read_cupy(array: Any) -> NDArray[Any]:
 def _read_torch(tensor: Any) -> NDArray[Any]:
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     dtype = as_dtype(tensor.dtype)
-    if dtype.kind != "V":
+    if not is_extension(dtype):
         return np.asarray(tensor)
-    # bfloat16 and float8, which Tensor.numpy() does not know (pytorch #109873)
-    bits = {1: "uint8", 2: "int16"}[dtype.itemsize]
     import torch
 
-    return np.asarray(tensor.view(getattr(torch, bits))).view(dtype)
+    # bfloat16 and float8, which Tensor.numpy() does not know (pytorch #109873)
+    return np.asarray(tensor.view({1: torch.int8, 2: torch.int16}[dtype.itemsize])).view(dtype)
 
 
 def _read_strict(array: Any) -> NDArray[Any]:

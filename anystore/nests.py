@@ -7,6 +7,7 @@ time that one is met in a spec.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from anystore.specs import ArraySpec, understand
 __all__ = ["Nest"]
 
 _NAMESPACE = "anystore"
+_registered: set[type] = set()
+_registering = threading.Lock()
 
 
 class Nest:
@@ -68,7 +71,8 @@ class Nest:
             If `value` is not a nest like the spec; the message names every difference by its path.
         """
         try:
-            return self._flatten_up_to(value)
+            leaves: list[Any] = self._flatten_up_to(value)
+            return leaves
         except ValueError:
             differences: list[str] = []
             leaves = _match(self.data_spec, value, "", differences)
@@ -158,9 +162,8 @@ def _is_spec(node: Any) -> bool:
     """Whether to stop at `node`; on the way, optree learns the classes it does not know."""
     if isinstance(node, ArraySpec):  # a dataclass too, but never a nest
         return True
-    fields = _fields(type(node))
-    if fields is not None and optree.register_pytree_node.get(type(node), namespace=_NAMESPACE) is None:  # type: ignore[attr-defined]
-        _register(type(node), fields)
+    if type(node) not in _registered:
+        _register(type(node))
     return False
 
 
@@ -173,18 +176,29 @@ def _fields(cls: type) -> dict[str, str] | None:
     return None
 
 
-def _register(cls: type, fields: dict[str, str]) -> None:
+def _register(cls: type) -> None:
+    """Make a dataclass or attrs class known to optree, once; other classes need nothing."""
+    fields = _fields(cls)
+    if fields is None:
+        return
     names, keywords = tuple(fields), tuple(fields.values())
 
     def flatten(node: Any) -> tuple[list[Any], None, tuple[str, ...]]:
         return [getattr(node, name) for name in names], None, names
 
-    def unflatten(_: None, leaves: Iterable[Any]) -> Any:
+    def unflatten(_: Any, leaves: Iterable[Any]) -> Any:
         return cls(**dict(zip(keywords, leaves)))
 
-    optree.register_pytree_node(
-        cls, flatten, unflatten, path_entry_type=optree.GetAttrEntry, namespace=_NAMESPACE
-    )
+    with _registering:
+        if cls not in _registered:
+            optree.register_pytree_node(
+                cls,
+                flatten,
+                unflatten,
+                path_entry_type=optree.GetAttrEntry,
+                namespace=_NAMESPACE,
+            )
+            _registered.add(cls)
 
 
 def _paths(treespec: Any) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ def plan(data_spec: Any, capacity: int) -> Plan:
 
     Examples
     --------
+    >>> from anystore import ArraySpec, plan
     >>> print(plan({"obs": ArraySpec((84, 84, 4), "uint8"), "reward": ArraySpec((), "float32")}, 100_000))
       obs     (84, 84, 4)  uint8    2,822,400,000 bytes
       reward  ()           float32        400,000 bytes

@@ -100,9 +100,11 @@ def _inside(row: int, capacity: int) -> int:
 
 def _from_slice(index: slice, capacity: int) -> range:
     try:
-        return range(*index.indices(capacity))
+        rows = range(*index.indices(capacity))
     except TypeError:
         raise TypeError(f"expected a slice of integers, found {index}") from None
+    # An empty one may start and stop at -1, which is a row to a buffer.
+    return rows or range(0)
 
 
 def _from_array(index: NDArray[Any], capacity: int) -> Rows:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["ArraySpec", "as_dtype", "kind_of", "limits"]
+__all__ = ["ArraySpec", "as_dtype", "is_extension", "kind_of", "limits"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class ArraySpec:
 
     Examples
     --------
+    >>> from anystore import ArraySpec
     >>> ArraySpec((84, 84, 4), "uint8", name="frames")
     ArraySpec((84, 84, 4), 'uint8', name='frames')
     """
@@ -81,7 +82,7 @@ class ArraySpec:
             array = np.asarray(array)
         return ArraySpec(array.shape, array.dtype, name)
 
-    def replace(self, shape: Any = None, dtype: DTypeLike = None, name: str | None = None) -> ArraySpec:
+    def replace(self, shape: Any = None, dtype: Any = None, name: str | None = None) -> ArraySpec:
         """A copy of this spec with the given fields in the place of its own; None keeps a field."""
         return ArraySpec(
             self.shape if shape is None else shape,
@@ -109,22 +110,32 @@ def as_dtype(dtype: Any) -> np.dtype[Any]:
         raise TypeError("expected a dtype, found None (which NumPy would read as float64)")
     dtype = getattr(dtype, "as_numpy_dtype", dtype)  # TensorFlow's DType
     try:
-        return np.dtype(dtype)
+        found: np.dtype[Any] = np.dtype(dtype)
+        return found
     except TypeError:
         # "bfloat16", and the dtype objects of torch and array_api_strict, which NumPy does not know.
         name = str(dtype).rpartition(".")[2]
+    return _named_dtype(name)
+
+
+@functools.lru_cache(maxsize=64)
+def _named_dtype(name: str) -> np.dtype[Any]:
     try:
-        return np.dtype(name)
+        found: np.dtype[Any] = np.dtype(name)
+        return found
     except TypeError:
         pass
     try:
         import ml_dtypes
     except ImportError:
-        raise TypeError(f"{dtype!r} is no dtype that NumPy knows; for bfloat16 and float8: pip install ml_dtypes") from None
+        raise TypeError(
+            f"{name!r} is no dtype that NumPy knows; for bfloat16 and float8: pip install ml_dtypes"
+        ) from None
     try:
-        return np.dtype(getattr(ml_dtypes, name))
+        found = np.dtype(getattr(ml_dtypes, name))
+        return found
     except (AttributeError, TypeError):
-        raise TypeError(f"{dtype!r} is no dtype that NumPy or ml_dtypes knows") from None
+        raise TypeError(f"{name!r} is no dtype that NumPy or ml_dtypes knows") from None
 
 
 _KINDS = {"bool": 0, "int": 1, "uint": 1, "float": 2, "bfloat": 2, "complex": 3}
@@ -134,9 +145,14 @@ _KINDS = {"bool": 0, "int": 1, "uint": 1, "float": 2, "bfloat": 2, "complex": 3}
 def kind_of(dtype: np.dtype[Any]) -> int | None:
     """0 for a bool, 1 for an integer, 2 for a float, 3 for a complex dtype, None for any other.
 
-    ``dtype.kind`` does not tell: the types of ml_dtypes are all of kind "V".
+    ``dtype.kind`` does not tell: most types of ml_dtypes are of kind "V".
     """
     return _KINDS.get(dtype.name.split("_")[0].rstrip("0123456789"))
+
+
+def is_extension(dtype: np.dtype[Any]) -> bool:
+    """Whether `dtype` is one of those that ml_dtypes adds to NumPy."""
+    return dtype.isbuiltin == 2
 
 
 @functools.lru_cache(maxsize=64)
@@ -145,11 +161,11 @@ def limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     kind = kind_of(dtype)
     if kind not in (1, 2, 3):
         return -np.inf, np.inf
-    if dtype.kind == "V":
+    if is_extension(dtype):
         import ml_dtypes
 
-        extension = ml_dtypes.iinfo(dtype) if kind == 1 else ml_dtypes.finfo(dtype)
-        return extension.min.item(), extension.max.item()
+        extension: Any = ml_dtypes.iinfo if kind == 1 else ml_dtypes.finfo
+        return float(extension(dtype).min), float(extension(dtype).max)
     if kind == 1:
         return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
     return float(np.finfo(dtype).min), float(np.finfo(dtype).max)

@@ -15,7 +15,6 @@ from anystore.convert import to_numpy
 from anystore.nests import Nest, example_spec, label
 from anystore.plan import Plan
 from anystore.rows import Rows, find_rows, leading_shape
-from anystore.specs import ArraySpec
 from anystore.values import CASTINGS, Casting, admit
 
 __all__ = ["Storage"]
@@ -69,6 +68,7 @@ class Storage:
     Examples
     --------
     >>> import numpy as np
+    >>> from anystore import ArraySpec, Storage
     >>> store = Storage({"obs": ArraySpec((4,), "float32"), "reward": ArraySpec((), "float32")}, capacity=100)
     >>> store.set(7, {"obs": np.ones(4, np.float32), "reward": 0.5})
     >>> store.get([7, 7, 8])["reward"]
@@ -202,7 +202,9 @@ class Storage:
                 expected = f"a writable array of {self._backend.library} on {self.device}"
                 raise ValueError(f"{label(path)}: expected {expected} in out=, found a {type(array).__name__}")
             if tuple(array.shape) != lead + spec.shape:
-                raise ValueError(f"{label(path)}: expected shape {lead + spec.shape} in out=, found {tuple(array.shape)}")
+                raise ValueError(
+                    f"{label(path)}: expected shape {lead + spec.shape} in out=, found {tuple(array.shape)}"
+                )
             if array.dtype != dtype:
                 raise ValueError(f"{label(path)}: expected {spec.dtype} in out=, found {array.dtype}")
         self._backend.gather_into(self._buffers, rows, arrays)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from anystore.backends.base import Backend, parse_device
+from anystore.backends.generic import GenericBackend
 from anystore.convert import is_array, library_of
 
 __all__ = ["Backend", "BackendInfo", "available_backends", "select_backend"]
@@ -26,9 +26,7 @@ class _Known(NamedTuple):
 
 _KNOWN = {
     "numpy": _Known("anystore.backends.numpy", "NumpyBackend", "pip install numpy"),
-    "cupy": _Known(
-        "anystore.backends.cupy", "CupyBackend", "pip install 'anystore[cupy-cuda12x]' (or cupy-cuda13x)"
-    ),
+    "cupy": _Known("anystore.backends.cupy", "CupyBackend", "pip install 'anystore[cupy-cuda12x]' (or cupy-cuda13x)"),
     "torch": _Known("anystore.backends.torch", "TorchBackend", "pip install 'anystore[torch]'"),
     "jax": _Known("anystore.backends.jax", "JaxBackend", "pip install 'anystore[jax]'"),
     "array_api_strict": _Known("anystore.backends.generic", "GenericBackend", "pip install array-api-strict"),
@@ -152,31 +150,26 @@ def _device_of(array: Any, name: str) -> Any:
     return array.device
 
 
-def _open(name: str, device: Any) -> Backend:
-    """One backend for each library and device, however the device was spelled."""
-    try:
-        backend = _make(name, device)
-    except TypeError:  # a device object that has no hash
-        backend = _make.__wrapped__(name, device)
-    return _shared.setdefault((backend.name, backend.device), backend)
-
-
 _shared: dict[tuple[str, str], Backend] = {}
 
 
-@functools.lru_cache(maxsize=64)
+def _open(name: str, device: Any) -> Backend:
+    """One backend for each library and device, however the device was spelled."""
+    backend = _make(name, device)
+    return _shared.setdefault((backend.name, backend.device), backend)
+
+
 def _make(name: str, device: Any) -> Backend:
-    if name in _KNOWN and name != "array_api_strict":
-        return _class_of(name)(device)
     if name not in _KNOWN and not _is_namespace(name):
         raise ValueError(f"unknown backend {name!r}; there are: auto, {', '.join(_KNOWN)}")
-    return _class_of("array_api_strict")(_import(name), device)
+    if name not in _KNOWN or _KNOWN[name].backend == "GenericBackend":
+        return GenericBackend(_import(name), device)
+    backend: Backend = _class_of(name)(device)
+    return backend
 
 
 def _is_namespace(name: str) -> bool:
     """Whether `name` is that of a module, imported already, that follows the array API standard."""
-    import sys
-
     return hasattr(sys.modules.get(name), "__array_namespace_info__")
 
 
@@ -191,4 +184,4 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         advice = f"; {_KNOWN[name].install}" if name in _KNOWN else ""
-        raise ImportError(f"the backend {name!r} needs the package {name}, which cannot be imported ({error}){advice}") from error
+        raise ImportError(f"the backend {name!r} needs a package that cannot be imported ({error}){advice}") from error

@@ -39,8 +39,8 @@ class Backend(ABC):
 
     Notes
     -----
-    Backends hold no data and can be shared between storages and threads. Buffers and rows that are handed to one have been
-    checked: rows are inside the buffers, leaves have the shape and dtype of their buffer.
+    Backends hold no data and can be shared between storages and threads. Buffers and rows that are handed to one have
+    been checked: rows are inside the buffers, leaves have the dtype of their buffer and a shape that fits the rows.
     """
 
     name: str
@@ -52,7 +52,8 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def xp(self) -> ModuleType: ...
+    def xp(self) -> ModuleType:
+        """The array-API namespace."""
 
     @classmethod
     @abstractmethod

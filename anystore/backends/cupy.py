@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, no_dtype, parse_device, resolve_device
 from anystore.rows import Rows, basic_index, last_writes
+from anystore.specs import is_extension
 
 __all__ = ["CupyBackend"]
 
@@ -50,7 +51,8 @@ class CupyBackend(Backend):
         return [f"cuda:{number}" for number in range(cupy.cuda.runtime.getDeviceCount())]
 
     def native_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        if not dtype.isnative or not (dtype.kind in "biufc" or dtype.name == "bfloat16") or dtype.itemsize > 16:
+        known = dtype.name == "bfloat16" if is_extension(dtype) else dtype.kind in "biufc" and dtype.itemsize <= 16
+        if not known or not dtype.isnative:
             raise no_dtype("CuPy", dtype)
         return dtype
 
@@ -77,6 +79,10 @@ class CupyBackend(Backend):
 
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
         with self._device:
+            leaves = [
+                leaf.copy() if any(cupy.may_share_memory(leaf, buffer) for buffer in buffers) else leaf
+                for leaf in leaves
+            ]
             if not isinstance(rows, np.ndarray):
                 for buffer, leaf in zip(buffers, leaves):
                     buffer[basic_index(rows)] = leaf

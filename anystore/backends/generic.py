@@ -74,7 +74,8 @@ class GenericBackend(Backend):
             array[...] = leaf
 
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
-        for buffer, leaf in zip(buffers, leaves):
+        # The standard cannot tell whether two arrays share memory, and a leaf may be a view of a buffer.
+        for buffer, leaf in zip(buffers, [self._xp.asarray(leaf, copy=True) for leaf in leaves]):
             if not isinstance(rows, np.ndarray):
                 buffer[basic_index(rows)] = leaf
                 continue

@@ -38,7 +38,8 @@ class JaxBackend(Backend):
     JAX (``numpy.asarray(array)`` on the CPU), XLA copies the whole buffer instead, at the price of time and not of
     right results.
 
-    Every function is compiled once per shape of the rows: batches of one size are fast, batches of ever new sizes are not.
+    Every function is compiled once per shape of the rows: batches of one size are fast, batches of ever new sizes are
+    not.
     """
 
     name = library = "jax"
@@ -82,8 +83,10 @@ class JaxBackend(Backend):
     def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
         arrays = [buffer.array for buffer in buffers]
         if isinstance(rows, range) and rows.step == 1:
-            return _read_slice(arrays, rows.start, len(rows))
-        return _read_rows(arrays, np.asarray(rows, np.intp))
+            read: list[Array] = _read_slice(arrays, rows.start, len(rows))
+        else:
+            read = _read_rows(arrays, np.asarray(rows, np.intp))
+        return read
 
     def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
         raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
@@ -103,10 +106,12 @@ class JaxBackend(Backend):
 
     def from_numpy(self, array: NDArray[Any]) -> jax.Array:
         # A copy, since the device may share the memory and read it later, when its owner has changed it.
-        return jax.device_put(jnp.array(array, copy=True), self._device)
+        own: jax.Array = jax.device_put(jnp.array(array, copy=True), self._device)
+        return own
 
     def move(self, array: jax.Array, dtype: Any) -> jax.Array:
-        return jax.device_put(array.astype(dtype), self._device)
+        moved: jax.Array = jax.device_put(array.astype(dtype), self._device)
+        return moved
 
     def array(self, buffer: _Cell) -> jax.Array:
         return buffer.array

@@ -62,7 +62,7 @@ class NumpyBackend(Backend):
     def scatter(self, buffers: Sequence[NDArray[Any]], rows: Rows, leaves: Sequence[Array]) -> None:
         # Of several values for one row NumPy leaves the last, since the rows are C-contiguous.
         index = rows if isinstance(rows, np.ndarray) else basic_index(rows)
-        for buffer, leaf in zip(buffers, leaves):
+        for buffer, leaf in zip(buffers, [_apart(leaf, buffers) for leaf in leaves]):
             buffer[index] = leaf
 
     def fits(self, leaves: Sequence[Any], specs: Sequence[ArraySpec], lead: tuple[int, ...]) -> bool:
@@ -88,3 +88,10 @@ class NumpyBackend(Backend):
 
     def writable(self, array: Array) -> bool:
         return isinstance(array, np.ndarray) and array.flags.writeable
+
+
+def _apart(leaf: Any, buffers: Sequence[NDArray[Any]]) -> Any:
+    """`leaf`, copied if it is a view of a buffer, which would change under its reader."""
+    if getattr(leaf, "base", None) is not None and any(np.may_share_memory(leaf, buffer) for buffer in buffers):
+        return leaf.copy()
+    return leaf

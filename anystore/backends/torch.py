@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.rows import Rows, basic_index, last_writes
+from anystore.specs import is_extension
 
 __all__ = ["TorchBackend"]
 
@@ -65,8 +66,8 @@ class TorchBackend(Backend):
 
     def gather(self, buffers: Sequence[torch.Tensor], rows: Rows, copy: bool | None) -> list[Array]:
         if self.views(rows):
-            index = basic_index(rows)
-            views = [buffer[index] for buffer in buffers]
+            basic = basic_index(rows)  # type: ignore[arg-type]  # no array of rows has views
+            views = [buffer[basic] for buffer in buffers]
             return [view.clone() for view in views] if copy else views
         index, shape = self._index(rows)
         return [buffer.index_select(0, index).view(shape + buffer.shape[1:]) for buffer in buffers]
@@ -85,6 +86,8 @@ class TorchBackend(Backend):
 
     @torch.no_grad()
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
+        own = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+        leaves = [leaf.clone() if leaf.untyped_storage().data_ptr() in own else leaf for leaf in leaves]
         if self.views(rows):
             for view, leaf in zip(self.gather(buffers, rows, copy=False), leaves):
                 view.copy_(leaf)
@@ -108,7 +111,7 @@ class TorchBackend(Backend):
         if any(stride < 0 for stride in array.strides) or not array.flags.writeable or not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="), order="C")
         dtype = self.native_dtype(array.dtype)
-        if array.dtype.kind == "V":  # an extension dtype, which torch.from_numpy does not know (pytorch #101781)
+        if is_extension(array.dtype):  # which torch.from_numpy does not know (pytorch #101781)
             array = array.view(f"i{array.dtype.itemsize}")
             return torch.from_numpy(array).to(self._device).view(dtype)
         return torch.from_numpy(array).to(self._device)

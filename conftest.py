@@ -1,0 +1,61 @@
+"""Which backends the tests run on: every one that is usable here, and those of ANYSTORE_REQUIRE or none at all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from anystore import available_backends
+
+REQUIRED = {name.strip() for name in os.environ.get("ANYSTORE_REQUIRE", "").split(",") if name.strip()}
+LEFT_OUT = pytest.StashKey[dict[str, str]]()
+BACKENDS = {info.name: info for info in available_backends()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fail at once if a required backend cannot run, so that no skip hides it."""
+    unknown = REQUIRED - BACKENDS.keys()
+    if unknown:
+        raise pytest.UsageError(f"ANYSTORE_REQUIRE names {sorted(unknown)}; there are {sorted(BACKENDS)}")
+    missing = [f"{name} ({BACKENDS[name].reason})" for name in sorted(REQUIRED) if not BACKENDS[name].usable]
+    if missing:
+        raise pytest.UsageError(f"ANYSTORE_REQUIRE names backends that cannot run here: {', '.join(missing)}")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = []
+    for info in BACKENDS.values():
+        state = f"runs on {', '.join(info.devices)}" if info.usable else f"DOES NOT RUN: {info.reason}"
+        lines.append(f"backend {info.name} {info.version or ''}: {state}")
+    return lines
+
+
+def _obstacle(item: pytest.Item) -> str | None:
+    """Why the backend that a test class is about cannot run here; None if it can, or the test is about none."""
+    cls = getattr(item, "cls", None)
+    name = getattr(cls, "backend", None)
+    if name is None or getattr(cls, "on_a_stand_in", False):
+        return None
+    info = BACKENDS[name]
+    if not info.usable:
+        return f"{name}: {info.reason}"
+    return None if cls.device in info.devices else f"{name} has no {cls.device} here"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the classes whose backend cannot run here, and keep in mind which, for the summary."""
+    obstacles = {item: _obstacle(item) for item in items}
+    left_out = {item.cls.__name__: reason for item, reason in obstacles.items() if reason}  # type: ignore[attr-defined]
+    config.stash[LEFT_OUT] = left_out
+    config.hook.pytest_deselected(items=[item for item, reason in obstacles.items() if reason])
+    items[:] = [item for item, reason in obstacles.items() if not reason]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name, reason in config.stash.get(LEFT_OUT, {}).items():
+        terminalreporter.write_line(f"NOT RUN HERE: {name} ({reason})", yellow=True)
+    if not BACKENDS["cupy"].usable:
+        terminalreporter.write_line(
+            "NO CUDA DEVICE WAS FOUND: the CuPy backend ran on a stand-in only, nothing ran on a GPU.", red=True, bold=True
+        )

@@ -1,0 +1,79 @@
+"""The contract, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import stand_in
+from tests.contract import StorageContract
+
+ALL = StorageContract.dtypes
+EXTENSIONS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+class TestNumpy(StorageContract):
+    backend, device = "numpy", "cpu"
+    dtypes = (*ALL, "uint16", "uint32", "uint64", "float16", "complex64", "complex128", ">i4", "S3", *EXTENSIONS)
+
+
+class TestTorch(StorageContract):
+    backend, device = "torch", "cpu"
+    backward_views = False
+    dtypes = (*ALL, "uint16", "uint32", "uint64", "float16", "complex64", "complex128", *EXTENSIONS)
+    no_dtypes = (">i4", "M8[ns]")
+
+
+@pytest.mark.gpu
+class TestTorchCuda(TestTorch):
+    backend, device = "torch", "cuda:0"
+
+
+class TestJax(StorageContract):
+    backend, device = "jax", "cpu"
+    views = False
+    dtypes = ("bool", "uint8", "int8", "int16", "int32", "uint16", "uint32", "float16", "float32", "complex64", *EXTENSIONS)
+    no_dtypes = ("int64", "uint64", "float64", "complex128", ">i4")
+
+
+@pytest.mark.gpu
+class TestJaxCuda(TestJax):
+    backend, device = "jax", "cuda:0"
+
+
+class TestStrict(StorageContract):
+    backend, device = "array_api_strict", "cpu"
+    dtypes = (*ALL, "uint16", "uint32", "uint64", "complex64", "complex128")
+    no_dtypes = ("float16", "bfloat16")
+
+
+class TestStrictDevice1(TestStrict):
+    device = "device1"
+
+
+class TestStrictDevice2(TestStrict):
+    device = "device2"
+
+
+@pytest.mark.gpu
+class TestCupy(StorageContract):
+    backend, device = "cupy", "cuda:0"
+    dtypes = (*ALL, "uint16", "uint32", "uint64", "float16", "complex64", "complex128", "bfloat16")
+    no_dtypes = ("float8_e5m2", ">i4")
+
+
+class TestCupyOnAStandIn(StorageContract):
+    """The CuPy backend's own code where there is no GPU; on its second device, to see that it stays there."""
+
+    backend, device = "cupy", "cuda:1"
+    dtypes = TestCupy.dtypes
+    no_dtypes = TestCupy.no_dtypes
+    on_a_stand_in = True
+
+    @pytest.fixture(autouse=True)
+    def _installed(self, monkeypatch):
+        with stand_in.installed(monkeypatch):
+            yield
+
+    def wipe(self, store, nest):
+        with stand_in.Device(1):
+            super().wipe(store, nest)
