@@ -57,5 +57,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"NOT RUN HERE: {name} ({reason})", yellow=True)
     if not BACKENDS["cupy"].usable:
         terminalreporter.write_line(
-            "NO CUDA DEVICE WAS FOUND: the CuPy backend ran on a stand-in only, nothing ran on a GPU.", red=True, bold=True
+            "NO CUDA DEVICE WAS FOUND: the CuPy backend ran on a stand-in only, nothing ran on a GPU.",
+            red=True,
+            bold=True,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import optree
@@ -105,16 +105,9 @@ class Nest:
         return optree.tree_map(self.specs.__getitem__, whole, none_is_leaf=True, namespace=_NAMESPACE), positions
 
     def _subtree(self, path: str) -> Any:
-        node = self.pack(range(len(self.specs)))
-        rest, here = path, ""
-        while rest:
-            children = {str(key): child for key, child in _children(node).items()}
-            # A key may itself hold a slash, so the longest one that fits is taken.
-            name = max((name for name in children if f"{rest}/".startswith(f"{name}/")), key=len, default=None)
-            if name is None:
-                raise ValueError(f"{path!r} is not in the spec; there are {_listed(self.paths)}")
-            node, rest, here = children[name], rest[len(name) + 1 :], _join(here, name)
-        return node
+        for node in _nodes_at(path, self.pack(range(len(self.specs)))):
+            return node
+        raise ValueError(f"{path!r} is not in the spec; there are {_listed(self.paths)}")
 
 
 def example_spec(item: Any) -> Any:
@@ -226,6 +219,16 @@ def _children(node: Any) -> dict[Any, Any]:
             return dict(node.items())
         return dict(enumerate(node)) if isinstance(node, (list, tuple)) else {}
     return dict(zip(getattr(node, "_fields", keys), children))
+
+
+def _nodes_at(path: str, node: Any) -> Iterator[Any]:
+    """What stands at `path` below `node`; more than one thing only where keys hold slashes of their own."""
+    for key, child in _children(node).items():
+        name = str(key)
+        if path == name:
+            yield child
+        elif path.startswith(f"{name}/"):
+            yield from _nodes_at(path[len(name) + 1 :], child)
 
 
 def _alike(spec: Any, value: Any) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from anystore.nests import Nest, label
 from anystore.specs import ArraySpec
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "as_capacity", "plan"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def plan(data_spec: Any, capacity: int) -> Plan:
     Raises
     ------
     ValueError
-        If a leaf of `data_spec` is not a spec; with its path.
+        If a leaf of `data_spec` is not a spec (with its path), or the capacity is not positive.
 
     Examples
     --------
@@ -65,4 +68,21 @@ def plan(data_spec: Any, capacity: int) -> Plan:
       total                         2,822,800,000 bytes
     """
     nest = Nest(data_spec)
-    return Plan(capacity, dict(zip(nest.paths, nest.specs)))
+    return Plan(as_capacity(capacity), dict(zip(nest.paths, nest.specs)))
+
+
+def as_capacity(capacity: Any) -> int:
+    """`capacity` as an int, if it is one of at least 1.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    try:
+        number = operator.index(capacity)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(capacity, (bool, np.bool_)):
+        raise ValueError(f"expected a capacity of at least 1, an int, found {capacity!r}")
+    return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 import weakref
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from anystore.backends import Backend, select_backend
 from anystore.convert import to_numpy
 from anystore.nests import Nest, example_spec, label
-from anystore.plan import Plan
+from anystore.plan import Plan, as_capacity
 from anystore.rows import Rows, find_rows, leading_shape
 from anystore.values import CASTINGS, Casting, admit
 
@@ -86,7 +85,7 @@ class Storage:
     ) -> None:
         if casting not in CASTINGS:
             raise ValueError(f"expected a casting among {', '.join(CASTINGS)}, found {casting!r}")
-        self._attach(Nest(data_spec), _as_capacity(capacity), select_backend(backend, device), casting)
+        self._attach(Nest(data_spec), as_capacity(capacity), select_backend(backend, device), casting)
         self._buffers = self._allocate(self._capacity)
 
     @classmethod
@@ -125,9 +124,18 @@ class Storage:
             warnings.warn(
                 f"this storage takes {needed:,} bytes when it is full; {free:,} bytes are free on {self.device}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
-        return [self._backend.allocate((capacity, *spec.shape), spec.dtype) for spec in self._nest.specs]
+        buffers = []
+        for path, spec in zip(self._nest.paths, self._nest.specs):
+            try:
+                buffers.append(self._backend.allocate((capacity, *spec.shape), spec.dtype))
+            except Exception as error:
+                needed = capacity * spec.nbytes
+                raise MemoryError(
+                    f"{label(path)}: {needed:,} bytes cannot be allocated on {self.device}: {error}"
+                ) from error
+        return buffers
 
     def get(self, idx: Any, *, copy: bool | None = True, out: Any = None) -> Any:
         """The items at `idx`.
@@ -187,11 +195,15 @@ class Storage:
             For a Python int that does not fit its dtype.
         """
         rows = find_rows(table_idx, self._capacity)
-        leaves = self._nest.flatten(value)
-        lead = leading_shape(rows)
-        if not self._backend.fits(leaves, self._nest.specs, lead):
-            leaves = admit(leaves, self._nest.specs, self._nest.paths, lead, self._casting, self._backend)
+        leaves = self._leaves(value, leading_shape(rows))
         self._backend.scatter(self._buffers, rows, leaves)
+
+    def _leaves(self, value: Any, lead: tuple[int, ...]) -> list[Any]:
+        """The leaves of an item or batch, checked, and as `scatter` takes them."""
+        leaves = self._nest.flatten(value)
+        if self._backend.fits(leaves, self._nest.specs, lead):
+            return leaves
+        return admit(leaves, self._nest.specs, self._nest.paths, lead, self._casting, self._backend)
 
     def _get_into(self, rows: Rows, out: Any, copy: bool | None) -> Any:
         if copy is False:
@@ -298,7 +310,7 @@ class Storage:
         """
         if self._selected_from is not None:
             raise ValueError("a selection has the capacity of the storage it was selected from; resize that one")
-        capacity = _as_capacity(capacity)
+        capacity = as_capacity(capacity)
         kept = range(min(capacity, self._capacity))
         buffers = self._allocate(capacity)
         self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
@@ -327,16 +339,6 @@ class Storage:
         self._backend.scatter(
             self._buffers, range(self._capacity), [self._backend.from_numpy(array) for array in arrays]
         )
-
-
-def _as_capacity(capacity: Any) -> int:
-    try:
-        number = operator.index(capacity)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(capacity, (bool, np.bool_)):
-        raise ValueError(f"expected a capacity of at least 1, an int, found {capacity!r}")
-    return number
 
 
 def _no_view(backend: Backend, rows: Rows) -> str:

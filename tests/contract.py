@@ -103,7 +103,11 @@ NO_INDICES: dict[str, tuple[Any, type[Exception], str]] = {
 def stamps_of(index: Any) -> Any:
     """The stamps that a storage with stamp r in row r holds at `index`, by NumPy's own indexing."""
     rows = np.arange(CAPACITY)
-    return rows[np.asarray(index, np.int64 if len(index) == 0 else None)] if isinstance(index, (list, range)) else rows[index]
+    return (
+        rows[np.asarray(index, np.int64 if len(index) == 0 else None)]
+        if isinstance(index, (list, range))
+        else rows[index]
+    )
 
 
 def foreign_arrays(library: str, array: np.ndarray[Any, Any]) -> Any:
@@ -330,7 +334,17 @@ class StorageContract:
             (lambda value: value.update(obs=None), "^obs: expected a dict, found a NoneType$"),
             (lambda value: (value.pop("action"), value["obs"].pop("image")), "(?s)missing.*obs: missing"),
         ],
-        ids=["missing", "unexpected", "missing below", "too long", "too short", "tuple", "no namedtuple", "none", "two places"],
+        ids=[
+            "missing",
+            "unexpected",
+            "missing below",
+            "too long",
+            "too short",
+            "tuple",
+            "no namedtuple",
+            "none",
+            "two places",
+        ],
     )
     def test_refuses_another_structure_and_writes_nothing(self, store: Storage, change: Any, text: str) -> None:
         value = batch(50)
@@ -420,7 +434,15 @@ class StorageContract:
 
     @pytest.mark.parametrize(
         ("number", "dtype"),
-        [(1, "uint8"), (1, "float32"), (True, "uint8"), (True, "float32"), (1.5, "float32"), (True, "bool"), (-1, "int8")],
+        [
+            (1, "uint8"),
+            (1, "float32"),
+            (True, "uint8"),
+            (True, "float32"),
+            (1.5, "float32"),
+            (True, "bool"),
+            (-1, "int8"),
+        ],
     )
     def test_python_numbers_take_the_dtype_of_the_leaf(self, number: Any, dtype: str) -> None:
         for casting in ("no", "safe", "same_kind", "unsafe"):
@@ -461,8 +483,8 @@ class StorageContract:
             with pytest.raises(ValueError, match="view.* copy=False cannot be had; pass copy=None or copy=True"):
                 store.get(index, copy=False)
             return
-        for copy in (False, None):
-            view = store.get(index, copy=copy)
+        for live in (False, None):
+            view = store.get(index, copy=live)
             store.set(index, batch(33))
             assert_same(view, batch(np.full_like(stamps_of(index), 33)))
             self.wipe(store, view)
@@ -564,7 +586,9 @@ class StorageContract:
         assert to_numpy(store.get(...)["obs"]["pose"].valid).all()
 
     def test_refuses_paths_that_are_not_there(self, store: Storage) -> None:
-        with pytest.raises(ValueError, match="'obs/imag' is not in the spec; there are action/0, action/1/0, obs/image"):
+        with pytest.raises(
+            ValueError, match="'obs/imag' is not in the spec; there are action/0, action/1/0, obs/image"
+        ):
             store.select("obs/imag")
         with pytest.raises(ValueError, match="'obs/image/0' is not in the spec"):
             store.select("obs/image/0")
@@ -590,7 +614,9 @@ class StorageContract:
         with pytest.raises(ValueError, match="resize that one"):
             part.resize(3)
 
-    @pytest.mark.parametrize("again", [lambda store: pickle.loads(pickle.dumps(store)), copy.deepcopy], ids=["pickle", "deepcopy"])
+    @pytest.mark.parametrize(
+        "again", [lambda store: pickle.loads(pickle.dumps(store)), copy.deepcopy], ids=["pickle", "deepcopy"]
+    )
     def test_pickles_and_copies(self, store: Storage, again: Any) -> None:
         twin = again(store)
         assert twin.backend is store.backend

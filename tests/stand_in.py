@@ -7,10 +7,16 @@ what is expected of it here; for that the same contract runs on a GPU.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.machinery
+import sys
 import types
 from typing import Any
 
+import array_api_compat
 import numpy as np
+
+import anystore.backends
 
 
 class Device:
@@ -76,8 +82,10 @@ class ndarray:  # noqa: N801  # CuPy's name
         self._check_device()
         assert isinstance(value, ndarray), "CuPy takes no NumPy array here"
         rows = _rows(index)
-        assert not isinstance(rows, np.ndarray) or len(np.unique(rows)) == rows.size or (
-            value.ndim < self.ndim or _equal_writes(rows, value._host)
+        assert (
+            not isinstance(rows, np.ndarray)
+            or len(np.unique(rows)) == rows.size
+            or (value.ndim < self.ndim or _equal_writes(rows, value._host))
         )
         self._host[rows] = value._host
 
@@ -125,6 +133,7 @@ def module() -> types.ModuleType:
         runtime=types.SimpleNamespace(getDeviceCount=lambda: 2),
     )
     cupy.__version__ = "stand-in"
+    cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
     ndarray.__module__ = "cupy"
     return cupy
 
@@ -132,13 +141,6 @@ def module() -> types.ModuleType:
 @contextlib.contextmanager
 def installed(monkeypatch: Any) -> Any:
     """Within, "cupy" names a backend on the stand-in."""
-    import importlib
-    import sys
-
-    import array_api_compat
-
-    import anystore.backends
-
     cupy = module()
     compat = types.ModuleType("array_api_compat.cupy")
     compat.__dict__.update({name: value for name, value in vars(cupy).items() if not name.startswith("__")})

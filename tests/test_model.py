@@ -9,7 +9,14 @@ import optree
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from anystore import Storage
 from tests.items import SPEC, assert_same, batch
@@ -35,7 +42,9 @@ def indices(draw: st.DrawFn, capacity: int) -> Any:
         return np.array(draw(rows), draw(st.sampled_from([np.int8, np.int32, np.int64])))
     if kind == "2-d":
         count = draw(st.integers(0, 3))
-        return np.array([draw(st.lists(rows_in(capacity), min_size=3, max_size=3)) for _ in range(count)], np.int64).reshape(-1, 3)
+        return np.array(
+            [draw(st.lists(rows_in(capacity), min_size=3, max_size=3)) for _ in range(count)], np.int64
+        ).reshape(-1, 3)
     if kind == "mask":
         return np.array(draw(st.lists(st.booleans(), min_size=capacity, max_size=capacity)))
     if kind == "range":

@@ -31,7 +31,19 @@ class TestTorchCuda(TestTorch):
 class TestJax(StorageContract):
     backend, device = "jax", "cpu"
     views = False
-    dtypes = ("bool", "uint8", "int8", "int16", "int32", "uint16", "uint32", "float16", "float32", "complex64", *EXTENSIONS)
+    dtypes = (
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "uint16",
+        "uint32",
+        "float16",
+        "float32",
+        "complex64",
+        *EXTENSIONS,
+    )
     no_dtypes = ("int64", "uint64", "float64", "complex128", ">i4")
 
 

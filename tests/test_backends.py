@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import types
+
+import numpy as np
+import pytest
+
+import anystore.backends
+from anystore import ArraySpec, Storage, available_backends, select_backend
+from anystore.backends.base import parse_device, resolve_device
+from tests import stand_in
+
+
+class TestSelectBackend:
+    def test_default(self):
+        backend = select_backend()
+        assert (backend.name, backend.device) == ("numpy", "cpu")
+        assert backend.xp.__name__ == "array_api_compat.numpy"
+        assert repr(backend) == "<anystore backend numpy on cpu>"
+
+    def test_one_for_each_library_and_device(self):
+        assert select_backend("numpy") is select_backend("numpy", "cpu") is select_backend(np, "CPU")
+        assert select_backend(select_backend("numpy")) is select_backend("numpy")
+        assert select_backend(select_backend("numpy"), "cpu") is select_backend("numpy")
+
+    @pytest.mark.parametrize(
+        ("name", "module"),
+        [("torch", "array_api_compat.torch"), ("jax", "jax.numpy"), ("array_api_strict", "array_api_strict")],
+    )
+    def test_by_name_module_array_and_backend(self, name, module):
+        library = pytest.importorskip(name)
+        backend = select_backend(name, "cpu")
+        assert backend.name == name
+        assert backend.xp.__name__ == module
+        assert select_backend(library, "cpu") is backend
+        assert select_backend(backend.xp, "cpu") is backend
+        assert select_backend(backend.from_numpy(np.zeros(3, np.float32))) is backend
+        assert pickle.loads(pickle.dumps(backend)) is backend
+        assert copy.deepcopy(backend) is backend
+
+    def test_numpy_by_module_and_array(self):
+        import array_api_compat.numpy
+
+        for what in (np, array_api_compat.numpy, np.zeros(3), np.float32(1)):
+            assert select_backend(what) is select_backend("numpy")
+
+    def test_devices_of_the_library(self):
+        torch = pytest.importorskip("torch")
+        jax = pytest.importorskip("jax")
+        strict = pytest.importorskip("array_api_strict")
+        assert select_backend("torch", torch.device("cpu")) is select_backend("torch", "cpu")
+        assert select_backend("jax", jax.devices("cpu")[0]) is select_backend("jax", "cpu")
+        assert select_backend(strict, strict.Device("device1")) is select_backend("array_api_strict", "device1")
+        on_device = strict.asarray([1], device=strict.Device("device2"))
+        assert select_backend(on_device) is select_backend("array_api_strict", "device2")
+
+    def test_any_namespace_of_the_standard(self, monkeypatch):
+        strict = pytest.importorskip("array_api_strict")
+        own = types.ModuleType("own_arrays")
+        own.__dict__.update({name: getattr(strict, name) for name in strict.__all__})
+        own.__array_namespace_info__ = strict.__array_namespace_info__
+        monkeypatch.setitem(__import__("sys").modules, "own_arrays", own)
+        store = Storage(ArraySpec((2,), "float32"), 3, backend=own)
+        store.set([0, 2], [[1, 2], [3, 4]])
+        assert store.backend.name == "own_arrays"
+        assert np.from_dlpack(store.get(2)).tolist() == [3, 4]
+
+    def test_unknown_name(self):
+        with pytest.raises(
+            ValueError, match="unknown backend 'nunpy'; there are: auto, numpy, cupy, torch, jax, array_api"
+        ):
+            select_backend("nunpy")
+
+    @pytest.mark.parametrize("what", [3, None, object(), [1]], ids=str)
+    def test_no_backend_at_all(self, what):
+        with pytest.raises(
+            TypeError, match="expected the name of a backend, an array-API namespace, an array or a Backend"
+        ):
+            select_backend(what)
+
+    def test_missing_library(self, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "torch", None)
+        with pytest.raises(ImportError, match=r"'torch' needs a package .*; pip install 'anystore\[torch\]'"):
+            select_backend("torch")
+
+    @pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu:0", "cpu:3", "tpu"])
+    def test_device_that_is_not_there(self, device):
+        with pytest.raises(ValueError, match=f"NumPy has no device '{device}' here; there are: cpu"):
+            select_backend("numpy", device)
+
+    def test_device_spelled_wrong(self):
+        with pytest.raises(ValueError, match="expected a device such as 'cpu', 'cuda' or 'cuda:1', found 'cuda-1'"):
+            select_backend("numpy", "cuda-1")
+
+    def test_another_device_than_the_backend_has(self, monkeypatch):
+        with stand_in.installed(monkeypatch):
+            backend = select_backend("cupy", "cuda:1")
+            assert select_backend(backend, "gpu:1") is backend
+            with pytest.raises(
+                ValueError, match="expected the device of the backend, 'cuda:1', or none, found 'cuda:0'"
+            ):
+                select_backend(backend, "cuda:0")
+
+
+class TestCupyOnAStandIn:
+    @pytest.fixture(autouse=True)
+    def _installed(self, monkeypatch):
+        with stand_in.installed(monkeypatch) as self.cupy:
+            yield
+
+    def test_auto_takes_it(self):
+        assert select_backend("auto").name == "cupy"
+        assert select_backend("auto", "cuda:1").device == "cuda:1"
+        assert select_backend("auto", "cpu").name == "numpy"
+
+    def test_devices(self):
+        assert select_backend("cupy").device == "cuda:0"
+        with self.cupy.cuda.Device(1):
+            assert select_backend("cupy").device == "cuda:1"
+        assert select_backend("cupy", self.cupy.cuda.Device(1)) is select_backend("cupy", "gpu:1")
+        assert select_backend(self.cupy.asarray([1])).device == "cuda:0"
+        with pytest.raises(ValueError, match="CuPy has no device 'cuda:2' here; there are: cuda:0, cuda:1"):
+            select_backend("cupy", "cuda:2")
+        with pytest.raises(ValueError, match="CuPy has no device 'cpu' here"):
+            select_backend("cupy", "cpu")
+
+    def test_no_device(self, monkeypatch):
+        monkeypatch.setattr(self.cupy.cuda, "is_available", lambda: False)
+        assert select_backend("auto").name == "numpy"
+        with pytest.raises(ValueError, match="no CUDA device can be used here"):
+            select_backend("cupy")
+        (info,) = (info for info in available_backends() if info.name == "cupy")
+        assert not info.usable
+        assert info.reason == "no CUDA device can be used here"
+
+    def test_values_from_the_other_device(self):
+        store = Storage(ArraySpec((), "int32"), 3, backend="cupy", device="cuda:1")
+        store.set([0, 1, 2], self.cupy.asarray([1, 2, 3], np.int32))
+        assert store.get(...).get().tolist() == [1, 2, 3]
+
+
+class TestAvailableBackends:
+    def test_tells_of_each(self):
+        infos = {info.name: info for info in available_backends()}
+        assert list(infos) == ["numpy", "cupy", "torch", "jax", "array_api_strict"]
+        assert infos["numpy"].usable
+        assert infos["numpy"].version == np.__version__
+        assert infos["numpy"].devices == ("cpu",)
+        for info in infos.values():
+            assert info.usable == (info.reason == "")
+            assert info.usable == bool(info.devices)
+            for device in info.devices:
+                assert select_backend(info.name, device).device == device
+
+    def test_tells_how_to_get_what_is_missing(self, monkeypatch):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else find(name))
+        (info,) = (info for info in available_backends() if info.name == "jax")
+        assert info == anystore.BackendInfo("jax", False, "not installed: pip install 'anystore[jax]'", None, ())
+
+    def test_tells_what_is_broken(self, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "array_api_strict", None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+        (info,) = (info for info in available_backends() if info.name == "array_api_strict")
+        assert not info.usable
+        assert info.reason.startswith("cannot be imported: ")
+
+
+class TestDevices:
+    def test_parse(self):
+        assert parse_device("cuda:1") == ("cuda", 1)
+        assert parse_device("GPU") == ("cuda", None)
+        assert parse_device(" cpu ") == ("cpu", None)
+
+    def test_resolve(self):
+        devices = ["cpu", "cuda:0", "cuda:1"]
+        for spelled, meant in {"gpu": "cuda:0", "gpu:1": "cuda:1", "cpu:0": "cpu", "cpu": "cpu"}.items():
+            assert resolve_device(spelled, devices, "x") == meant
+        with pytest.raises(ValueError, match="x has no device 'cuda' here; there are: none"):
+            resolve_device("cuda", [], "x")
+
+
+def test_jax_with_64_bits():
+    """In a process of its own, since the setting is global."""
+    import subprocess
+    import sys
+
+    pytest.importorskip("jax")
+    program = """
+import jax; jax.config.update("jax_enable_x64", True)
+import numpy as np
+from anystore import ArraySpec, Storage
+store = Storage({"i": ArraySpec((), "int64"), "f": ArraySpec((2,), "float64")}, 4, backend="jax", device="cpu")
+store.set([1, -1], {"i": np.array([2**40, 5]), "f": np.full((2, 2), 1e300)})
+assert store.get(1)["i"] == 2**40 and store.get(3)["f"].tolist() == [1e300, 1e300]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import collections
+import dataclasses
+import types
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from anystore import ArraySpec, Storage
+
+X, Y = ArraySpec((), "int32"), ArraySpec((2,), "float32")
+
+
+class Point(NamedTuple):
+    x: Any
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    y: Any
+    x: Any
+    total: Any = dataclasses.field(init=False, default=None)
+
+
+@dataclasses.dataclass
+class Outer:
+    first: Any
+    rest: Any
+
+
+def filled(nest_of: Any) -> Any:
+    """Storage of a nest, and an item of it."""
+    return Storage(nest_of(X, Y), 4), nest_of(np.int32(3), np.array([1, 2], np.float32))
+
+
+NESTS = {
+    "dict": lambda x, y: {"x": x, "y": y},
+    "dict of mixed keys": lambda x, y: {1: x, "y": y},
+    "OrderedDict": lambda x, y: collections.OrderedDict(y=y, x=x),
+    "list": lambda x, y: [x, y],
+    "tuple": lambda x, y: (x, y),
+    "namedtuple": lambda x, y: Point(x, y),
+    "dataclass": lambda x, y: Step(y=y, x=x),
+    "deep": lambda x, y: {"a": [Outer(Point(x, [y]), {"z": (x, Step(y, x))}), ()], "b": {}},
+}
+
+
+@pytest.mark.parametrize("nest_of", NESTS.values(), ids=NESTS)
+class TestEachKind:
+    def test_comes_back_as_it_was(self, nest_of):
+        store, item = filled(nest_of)
+        store.set(2, item)
+        found = store.get(2)
+        assert type(found) is type(item)
+        assert repr(found) == repr(nest_of(np.array(3, np.int32), np.array([1, 2], np.float32)))
+        assert repr(store.get([2])) == repr(nest_of(np.array([3], np.int32), np.array([[1, 2]], np.float32)))
+        assert repr(store.data_spec) == repr(nest_of(X, Y))
+
+    def test_selects_what_it_calls_its_paths(self, nest_of):
+        store, item = filled(nest_of)
+        store.set(2, item)
+        for line in repr(store).splitlines()[1:-1]:
+            leaf = store.select(line.split()[0])
+            assert leaf.get(2).tolist() in (3, [1, 2])
+
+
+class TestAttrs:
+    def test_comes_back_as_it_was(self):
+        attrs = pytest.importorskip("attrs")
+
+        @attrs.frozen
+        class Transition:
+            _secret: Any
+            reward: Any
+
+        store = Storage(Transition(X, {"r": Y}), 4)
+        store.set(1, Transition(5, {"r": [1.0, 2.0]}))
+        found = store.get(1)
+        assert type(found) is Transition
+        assert found._secret == 5
+        assert found.reward["r"].tolist() == [1, 2]
+        assert "_secret" in repr(store)
+        assert "reward/r" in repr(store)
+
+
+class TestWhatIsTakenForANest:
+    def test_any_mapping_for_a_mapping(self):
+        for make in (dict, collections.OrderedDict, types.MappingProxyType, lambda d: collections.defaultdict(int, d)):
+            for spec in ({"x": X, "y": Y}, collections.OrderedDict(y=Y, x=X)):
+                store = Storage(spec, 4)
+                store.set(0, make({"y": np.ones(2, np.float32), "x": 7}))
+                assert store.get(0)["x"] == 7
+                assert store.get(0)["y"].tolist() == [1, 1]
+
+    def test_a_namedtuple_of_the_same_fields(self):
+        twin = collections.namedtuple("Twin", "x y")
+        store = Storage(Point(X, Y), 4)
+        store.set(0, twin(7, [1, 1]))
+        assert type(store.get(0)) is Point
+        with pytest.raises(ValueError, match="^the item: expected a Point, found a Other$"):
+            store.set(0, collections.namedtuple("Other", "y x")(7, [1, 1]))
+
+    def test_a_list_of_a_class_of_its_own(self):
+        class Own(list):
+            pass
+
+        store = Storage([X, Y], 4)
+        store.set(0, Own([7, [1, 1]]))
+        assert store.get(0)[0] == 7
+
+    @pytest.mark.parametrize(
+        ("spec", "value", "text"),
+        [
+            ([X, Y], (1, [1, 1]), "^the item: expected a list, found a tuple$"),
+            ((X, Y), Point(1, [1, 1]), "^the item: expected a tuple, found a Point$"),
+            ({"x": X}, Point(1, 2), "^the item: expected a dict, found a Point$"),
+            (Step(Y, X), Outer(1, 2), "^the item: expected a Step, found a Outer$"),
+            (Step(Y, X), {"x": 1, "y": [1, 1]}, "^the item: expected a Step, found a dict$"),
+            ({"a": (X, ())}, {"a": (1, (2,))}, r"^a/1: unexpected \[0\]; expected \[\]$"),
+            (
+                {"a": {"b": {"c": X}}},
+                {"a": {"b": {"d": 1}}},
+                r"^a/b: missing \['c'\], unexpected \['d'\]; expected \['c'\]$",
+            ),
+        ],
+    )
+    def test_nothing_else(self, spec, value, text):
+        with pytest.raises(ValueError, match=text):
+            Storage(spec, 4).set(0, value)
+
+
+class TestPaths:
+    def test_keys_may_hold_slashes(self):
+        store = Storage({"a/b": X, "a": {"b": {"c": Y}}}, 4)
+        assert store.select("a/b/c").data_spec == Y
+        assert store.select("a").data_spec == {"b": {"c": Y}}
+        with pytest.raises(ValueError, match="not in the spec"):
+            store.select("a/")
+
+    def test_of_several_with_their_keys(self):
+        store = Storage({"a": {"b": X, "c": Y}, "d": X}, 4)
+        assert store.select("a/c", "d").data_spec == {"a/c": Y, "d": X}
+        assert store.select("d").data_spec == X
+
+
+class TestLike:
+    def test_takes_arrays_and_numbers(self):
+        store = Storage.like(Step(y=np.zeros(2, np.float32), x={"n": 1, "f": 1.0, "b": True}), 3)
+        assert store.data_spec == Step(
+            y=Y, x={"n": ArraySpec((), "int64"), "f": ArraySpec((), "float64"), "b": ArraySpec((), "bool")}
+        )
+
+    @pytest.mark.parametrize(("leaf", "found"), [(None, "NoneType"), ("a", "str"), (object, "type")])
+    def test_refuses_anything_else_by_its_path(self, leaf, found):
+        with pytest.raises(ValueError, match=f"^a/0: expected an array or a number, found {found}"):
+            Storage.like({"a": [leaf]}, 3)

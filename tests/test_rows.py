@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import array
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anystore.rows import basic_index, find_rows, last_writes, leading_shape
+
+
+class TestFindRows:
+    def test_kinds(self):
+        assert find_rows(-1, 10) == 9
+        assert type(find_rows(np.int8(3), 10)) is int
+        assert find_rows(slice(2, None), 10) == range(2, 10)
+        assert find_rows(..., 10) == range(10)
+        assert find_rows(np.array([True, False]), 2).tolist() == [0]
+        assert leading_shape(3) == ()
+        assert leading_shape(range(4)) == (4,)
+        assert leading_shape(np.zeros((2, 3), np.intp)) == (2, 3)
+
+    @pytest.mark.parametrize("index", [[0, -1], np.array([0, 255], np.uint8), np.arange(6).reshape(2, 3).T], ids=str)
+    def test_arrays_come_out_as_the_backends_take_them(self, index):
+        rows = find_rows(index, 256)
+        assert rows.dtype == np.intp
+        assert rows.flags.c_contiguous
+        assert rows.min() >= 0
+
+    def test_leaves_the_index_as_it_was(self):
+        index = np.array([-1, 2])
+        find_rows(index, 5)
+        assert index.tolist() == [-1, 2]
+
+    def test_other_sequences(self):
+        assert find_rows(collections.deque([1, -1]), 5).tolist() == [1, 4]
+        assert find_rows(collections.UserList([1, 2]), 5).tolist() == [1, 2]
+        assert find_rows(array.array("i", [1, 2]), 5).tolist() == [1, 2]
+
+    def test_a_capacity_beyond_32_bits(self):
+        assert find_rows(2**40 - 1, 2**40) == 2**40 - 1
+        assert find_rows(np.array([2**39]), 2**40).tolist() == [2**39]
+
+
+@given(st.integers(1, 8), st.slices(8))
+def test_a_basic_index_means_the_rows(capacity, index):
+    buffer = np.arange(capacity)
+    rows = find_rows(index, capacity)
+    assert buffer[basic_index(rows)].tolist() == list(rows) == buffer[index].tolist()
+
+
+@given(st.lists(st.integers(0, 5), max_size=20))
+def test_last_writes(rows):
+    last = last_writes(np.array(rows, np.intp))
+    if last is None:
+        assert len(set(rows)) == len(rows)
+        return
+    assert last.tolist() == [max(i for i, other in enumerate(rows) if other == row) for row in rows]
