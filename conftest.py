@@ -6,25 +6,30 @@ import os
 
 import pytest
 
-from anystore import available_backends
+from anystore import available_backends, moves
 
 REQUIRED = {name.strip() for name in os.environ.get("ANYSTORE_REQUIRE", "").split(",") if name.strip()}
+COMPILED = moves.gather.__module__ != "anystore.moves"
 LEFT_OUT = pytest.StashKey[dict[str, str]]()
 BACKENDS = {info.name: info for info in available_backends()}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fail at once if a required backend cannot run, so that no skip hides it."""
-    unknown = REQUIRED - BACKENDS.keys()
-    if unknown:
-        raise pytest.UsageError(f"ANYSTORE_REQUIRE names {sorted(unknown)}; there are {sorted(BACKENDS)}")
-    missing = [f"{name} ({BACKENDS[name].reason})" for name in sorted(REQUIRED) if not BACKENDS[name].usable]
+    known = {*BACKENDS, "compiled"}
+    if REQUIRED - known:
+        raise pytest.UsageError(f"ANYSTORE_REQUIRE names {sorted(REQUIRED - known)}; there are {sorted(known)}")
+    if "compiled" in REQUIRED and not COMPILED:
+        raise pytest.UsageError("ANYSTORE_REQUIRE names the compiled moves, which were not built")
+    missing = [
+        f"{name} ({BACKENDS[name].reason})" for name in sorted(REQUIRED & BACKENDS.keys()) if not BACKENDS[name].usable
+    ]
     if missing:
         raise pytest.UsageError(f"ANYSTORE_REQUIRE names backends that cannot run here: {', '.join(missing)}")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = []
+    lines = [f"compiled moves: {'built' if COMPILED else 'NOT BUILT, everything runs on plain NumPy'}"]
     for info in BACKENDS.values():
         state = f"runs on {', '.join(info.devices)}" if info.usable else f"DOES NOT RUN: {info.reason}"
         lines.append(f"backend {info.name} {info.version or ''}: {state}")
@@ -35,6 +40,8 @@ def _obstacle(item: pytest.Item) -> str | None:
     """Why the backend that a test class is about cannot run here; None if it can, or the test is about none."""
     cls = getattr(item, "cls", None)
     name = getattr(cls, "backend", None)
+    if getattr(cls, "compiled", False) and not COMPILED:
+        return "the compiled moves were not built"
     if name is None or getattr(cls, "on_a_stand_in", False):
         return None
     info = BACKENDS[name]
@@ -50,6 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[LEFT_OUT] = left_out
     config.hook.pytest_deselected(items=[item for item, reason in obstacles.items() if reason])
     items[:] = [item for item, reason in obstacles.items() if not reason]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where no test may be skipped, a skipped one fails the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("ANYSTORE_NO_SKIPS") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.convert import is_array, to_numpy
+from anystore.moves import all_inside
 
 __all__ = ["Rows", "basic_index", "find_rows", "last_writes", "leading_shape"]
 
@@ -41,7 +42,7 @@ def find_rows(index: Any, capacity: int) -> Rows:
     if type(index) is slice:
         return _from_slice(index, capacity)
     if type(index) is np.ndarray:
-        return _from_array(index, capacity)
+        return index if all_inside(index, capacity) else _from_array(index, capacity)
     if index is Ellipsis:
         return range(capacity)
     if is_array(index) and not isinstance(index, np.generic):

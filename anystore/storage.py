@@ -195,14 +195,12 @@ class Storage:
             For a Python int that does not fit its dtype.
         """
         rows = find_rows(table_idx, self._capacity)
-        leaves = self._leaves(value, leading_shape(rows))
-        self._backend.scatter(self._buffers, rows, leaves)
-
-    def _leaves(self, value: Any, lead: tuple[int, ...]) -> list[Any]:
-        """The leaves of an item or batch, checked, and as `scatter` takes them."""
         leaves = self._nest.flatten(value)
-        if self._backend.fits(leaves, self._nest.specs, lead):
-            return leaves
+        if not self._backend.scatter_as_is(self._buffers, rows, leaves):
+            self._backend.scatter(self._buffers, rows, self._admit(leaves, leading_shape(rows)))
+
+    def _admit(self, leaves: list[Any], lead: tuple[int, ...]) -> list[Any]:
+        """The leaves as `scatter` takes them, if each fits its spec."""
         return admit(leaves, self._nest.specs, self._nest.paths, lead, self._casting, self._backend)
 
     def _get_into(self, rows: Rows, out: Any, copy: bool | None) -> Any:

@@ -20,9 +20,10 @@ from anystore.backends.base import Array, Buffer
 from anystore.backends.numpy import NumpyBackend
 from anystore.convert import is_array, library_of, to_numpy
 from anystore.nests import Nest, label
+from anystore.plan import as_capacity
 from anystore.rows import Rows
 from anystore.specs import ArraySpec
-from anystore.storage import Storage, as_capacity
+from anystore.storage import Storage
 
 __all__ = ["NumpyState", "NumpyStorage"]
 
@@ -167,9 +168,10 @@ class NumpyState(tf.__internal__.tracking.AutoTrackable):  # type: ignore[misc] 
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, (np.ndarray, np.generic)):
+            is_new = name not in vars(self)
             object.__setattr__(self, name, value)
-            if super()._lookup_dependency(name) is None:
-                self._track_trackable(_SavedAttribute(self, name), name)
+            if is_new:
+                self._track_trackable(_SavedAttribute(self, name), name, overwrite=True)
         elif self._is_bookkeeping(name):
             super().__setattr__(name, value)
         else:
@@ -230,16 +232,14 @@ class _Storage(Storage):
         library = select_backend(backend, device)
         if library.name == "numpy":
             library = _ScalarsBackend()
-        self._attach(Nest(_checked(data_spec)), as_capacity(capacity), library, "unsafe")
+        self._attach(_TensorflowNest(_checked(data_spec)), as_capacity(capacity), library, "unsafe")
         self._made: dict[int, Buffer] = {}
         self._making = threading.Lock()
 
     def tf_order(self) -> Sequence[int]:
         """The position of each leaf in this storage, in the order that TensorFlow gives them."""
-        return tf.nest.flatten(self._positions())  # type: ignore[no-any-return]
-
-    def _positions(self) -> Any:
-        return self._nest.pack(range(len(self._nest.specs)))
+        order: list[int] = tf.nest.flatten(self._nest.pack(range(len(self._nest.specs))))
+        return order
 
     def __getattr__(self, name: str) -> Any:
         if name != "_buffers":
@@ -310,11 +310,8 @@ class _Storage(Storage):
         for start in range(0, self._capacity, step):
             yield range(start, min(start + step, self._capacity))
 
-    def _leaves(self, value: Any, lead: tuple[int, ...]) -> list[Any]:
+    def _admit(self, leaves: list[Any], lead: tuple[int, ...]) -> list[Any]:
         specs, backend = self._nest.specs, self._backend
-        leaves = self._flatten(value)
-        if backend.fits(leaves, specs, lead):
-            return leaves
         library = backend.library
         leaves = [
             _assigned(leaf, spec, path, lead, library) for leaf, spec, path in zip(leaves, specs, self._nest.paths)
@@ -323,20 +320,26 @@ class _Storage(Storage):
             return leaves
         return [backend.bring(leaf, spec.dtype) for leaf, spec in zip(leaves, specs)]
 
-    def _flatten(self, value: Any) -> list[Any]:
-        try:
-            return self._nest.flatten(value)
-        except ValueError as error:
-            pairs = _pairs(self._positions(), value)
-            try:
-                return [leaf for _, leaf in sorted(pairs, key=lambda pair: pair[0])]
-            except _DifferentError:
-                raise error from None
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._made = {}
         self._making = threading.Lock()
+
+
+class _TensorflowNest(Nest):
+    """A nest that takes what is a nest of the same structure to TensorFlow."""
+
+    __slots__ = ()
+
+    def flatten(self, value: Any) -> list[Any]:
+        try:
+            return super().flatten(value)
+        except ValueError as error:
+            pairs = _pairs(self.pack(range(len(self.specs))), value)
+            try:
+                return [leaf for _, leaf in sorted(pairs, key=lambda pair: pair[0])]
+            except _DifferentError:
+                raise error from None
 
 
 class _ScalarsBackend(NumpyBackend):
@@ -349,7 +352,7 @@ class _ScalarsBackend(NumpyBackend):
         return [leaf.copy() for leaf in leaves] if copy else leaves
 
     def __reduce__(self) -> Any:
-        return _ScalarsBackend, ()
+        return type(self), ()
 
 
 def _checked(data_spec: Any) -> Any:
@@ -386,6 +389,9 @@ def _plain(node: Any) -> Any:
         plain.update({key: _plain(child) for key, child in node.items()})
         return plain
     return node
+
+
+_NUMBERS = (np.generic, bool, int, float, complex)
 
 
 class _DifferentError(Exception):
@@ -441,19 +447,17 @@ def _assigned(leaf: Any, spec: ArraySpec, path: str, lead: tuple[int, ...], libr
     ValueError
         If NumPy refuses to store it; with the path of the leaf.
     """
-    if not is_array(leaf):
+    if not isinstance(leaf, _NUMBERS) and not is_array(leaf):
         leaf = _sole(leaf, spec, path)
-    if is_array(leaf):
-        found = library_of(leaf)
-        fits = tuple(leaf.shape) in (spec.shape, lead + spec.shape)
-        if fits and (leaf.dtype == spec.dtype if found == "numpy" else found == library):
-            return leaf
-        leaf = leaf if found == "numpy" else to_numpy(leaf)
+    found, dtype, shape = library_of(leaf), getattr(leaf, "dtype", None), tuple(getattr(leaf, "shape", ()))
+    is_stored_as_it_is = dtype is not None and (dtype == spec.dtype if found == "numpy" else found == library)
+    if is_stored_as_it_is and shape in (spec.shape, lead + spec.shape):
+        return np.asarray(leaf) if found == "numpy" else leaf
     # What is no larger than an item goes to all rows, and is copied to them later.
-    shape = (*lead, *spec.shape) if np.ndim(leaf) > len(spec.shape) else spec.shape
-    place = np.empty((1, *shape), spec.dtype)
+    shape = (*lead, *spec.shape) if len(shape) > len(spec.shape) else spec.shape
+    place = np.empty(shape or 1, spec.dtype)
     try:
-        place[0] = leaf
+        place[... if shape else 0] = to_numpy(leaf) if dtype is not None and found != "numpy" else leaf
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{label(path)}: NumPy cannot store this for {spec}: {leaf!r:.80} ({error})") from error
     return place.reshape(shape)

@@ -74,7 +74,7 @@ class TestSelectBackend:
         ):
             select_backend("nunpy")
 
-    @pytest.mark.parametrize("what", [3, None, object(), [1]], ids=str)
+    @pytest.mark.parametrize("what", [3, None, object(), [1]], ids=["int", "none", "object", "list"])
     def test_no_backend_at_all(self, what):
         with pytest.raises(
             TypeError, match="expected the name of a backend, an array-API namespace, an array or a Backend"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from anystore import moves, rows
 from tests import stand_in
 from tests.contract import StorageContract
+from tests.test_moves import plain_moves
 
 ALL = StorageContract.dtypes
 EXTENSIONS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -14,6 +16,17 @@ EXTENSIONS = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 class TestNumpy(StorageContract):
     backend, device = "numpy", "cpu"
     dtypes = (*ALL, "uint16", "uint32", "uint64", "float16", "complex64", "complex128", ">i4", "S3", *EXTENSIONS)
+
+
+class TestPlainNumpy(TestNumpy):
+    """Without the compiled moves."""
+
+    @pytest.fixture(autouse=True)
+    def _uncompiled(self, monkeypatch):
+        plain = plain_moves()
+        for name in plain.__all__:
+            monkeypatch.setattr(moves, name, getattr(plain, name))
+        monkeypatch.setattr(rows, "all_inside", plain.all_inside)
 
 
 class TestTorch(StorageContract):

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from anystore.convert import library_of, to_numpy
 from anystore.rows import Rows
-from anystore.specs import ArraySpec
 
 __all__ = ["Array", "Backend", "host_memory", "parse_device"]
 
@@ -107,8 +106,14 @@ class Backend(ABC):
             return self.move(value, self.native_dtype(dtype))
         return self.from_numpy(to_numpy(value).astype(dtype, copy=False))
 
-    def fits(self, leaves: Sequence[Any], specs: Sequence[ArraySpec], lead: tuple[int, ...]) -> bool:
-        """Whether `scatter` can take all leaves just as they are, told at a glance; False is always right."""
+    def scatter_as_is(self, buffers: Sequence[Buffer], rows: Rows, leaves: Sequence[Any]) -> bool:
+        """Do what `scatter` does, if it is plain at a glance that every unchecked leaf fits its buffer and the rows.
+
+        Returns
+        -------
+        bool
+            Whether the leaves are written. False is always right, and then nothing is.
+        """
         return False
 
     def array(self, buffer: Buffer) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore import moves
 from anystore.backends.base import Array, Backend, resolve_device
 from anystore.rows import Rows, basic_index
-from anystore.specs import ArraySpec, limits
 
-__all__ = ["NumpyBackend"]
+__all__ = ["NumpyBackend", "zeros"]
 
-_NUMBERS = {bool: "b", int: "iu", float: "fc", complex: "c"}
-"""The kinds of dtype that a Python number of each class is written to as it is."""
+_HUGE = 1 << 22
+"""From this many bytes on, buffers are in huge pages."""
 
 
 class NumpyBackend(Backend):
@@ -41,57 +42,47 @@ class NumpyBackend(Backend):
         return dtype
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        return np.zeros(shape, dtype)
+        return zeros(shape, dtype)
 
     def gather(self, buffers: Sequence[NDArray[Any]], rows: Rows, copy: bool | None) -> list[Array]:
-        if type(rows) is np.ndarray:
-            # The rows are known to be good: "clip" spares NumPy a second check.
-            return [buffer.take(rows, 0, None, "clip") for buffer in buffers]
-        index = basic_index(rows)  # type: ignore[arg-type]
-        if copy:
-            return [buffer[index].copy() for buffer in buffers]
+        if copy or type(rows) is np.ndarray:
+            return moves.gather(buffers, rows)
+        if type(rows) is int:
+            return moves.view_one(buffers, rows)
+        index = basic_index(rows)  # type: ignore[arg-type]  # a range, then
         return [buffer[index] for buffer in buffers]
 
     def gather_into(self, buffers: Sequence[NDArray[Any]], rows: Rows, out: Sequence[Array]) -> None:
-        for buffer, array in zip(buffers, out):
-            if isinstance(rows, np.ndarray):
-                buffer.take(rows, 0, array, "clip")
-            else:
-                array[...] = buffer[basic_index(rows)]
+        moves.gather_into(buffers, rows, out)
 
     def scatter(self, buffers: Sequence[NDArray[Any]], rows: Rows, leaves: Sequence[Array]) -> None:
-        # Of several values for one row NumPy leaves the last, since the rows are C-contiguous.
-        index = rows if isinstance(rows, np.ndarray) else basic_index(rows)
-        for buffer, leaf in zip(buffers, [_apart(leaf, buffers) for leaf in leaves]):
-            buffer[index] = leaf
+        if not moves.scatter(buffers, rows, leaves):
+            raise ValueError("the buffers are read-only; nothing was written")
 
-    def fits(self, leaves: Sequence[Any], specs: Sequence[ArraySpec], lead: tuple[int, ...]) -> bool:
-        for leaf, spec in zip(leaves, specs):
-            kind = type(leaf)
-            if kind is np.ndarray:
-                if leaf.dtype != spec.dtype or leaf.shape != (lead + spec.shape if lead else spec.shape):
-                    return False
-            elif lead or spec.shape or kind is not spec.dtype.type:
-                # A number of Python's own, which NumPy writes as it should unless it is an integer too large.
-                if kind not in _NUMBERS or spec.dtype.kind not in _NUMBERS[kind] or lead or spec.shape:
-                    return False
-                low, high = limits(spec.dtype)
-                if kind is int and not low <= leaf <= high:
-                    return False
-        return True
+    def scatter_as_is(self, buffers: Sequence[NDArray[Any]], rows: Rows, leaves: Sequence[Any]) -> bool:
+        return moves.scatter(buffers, rows, leaves)
 
     def from_numpy(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
 
-    def move(self, array: Array, dtype: np.dtype[Any]) -> Array:
-        return array.astype(dtype, copy=False)
+    def move(self, array: Array, dtype: np.dtype[Any]) -> NDArray[Any]:
+        return np.asarray(array, dtype)
 
     def writable(self, array: Array) -> bool:
-        return isinstance(array, np.ndarray) and array.flags.writeable
+        return type(array) is np.ndarray and array.flags.writeable
 
 
-def _apart(leaf: Any, buffers: Sequence[NDArray[Any]]) -> Any:
-    """`leaf`, copied if it is a view of a buffer, which would change under its reader."""
-    if getattr(leaf, "base", None) is not None and any(np.may_share_memory(leaf, buffer) for buffer in buffers):
-        return leaf.copy()
-    return leaf
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of zeros whose memory is committed only as it is written to, in huge pages where the system has them.
+
+    The first write to each page of a large array takes longer than the copy itself, and huge pages are few.
+    """
+    nbytes = dtype.itemsize
+    for length in shape:
+        nbytes *= length
+    if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(shape, dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    array: NDArray[Any] = np.frombuffer(pages, np.uint8).view(dtype)
+    return array.reshape(shape)

@@ -1,0 +1,629 @@
+/* The rows of every leaf, moved in one call: the functions of moves.py, compiled.
+ *
+ * Nothing here decides what an index or a value means. Rows arrive checked (rows.py). A value is written only if
+ * each of its leaves can be taken byte for byte; of any other, scatter writes nothing and says so, and values.py
+ * converts it or refuses it.
+ */
+#define PY_SSIZE_T_CLEAN
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_22_API_VERSION
+#include <Python.h>
+#include <numpy/arrayobject.h>
+
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define MOST_THREADS 4
+/* Below this many bytes for each, another thread costs more than it brings. */
+#define BYTES_PER_THREAD (1 << 20)
+/* Below this many bytes in all, other Python threads may as well wait. */
+#define BYTES_WITHOUT_GIL (1 << 15)
+
+static int threads_at_hand = 1;
+static PyObject *name_start, *name_step;
+
+
+/* Blocks of memory for batches ------------------------------------------------------------------------------------
+ *
+ * The first write to a fresh page costs more than the copy itself, so the memory of a batch that died serves the
+ * next one. Blocks are kept and given out under the GIL. */
+
+#define SMALLEST_BLOCK (1 << 20)
+#define MOST_IDLE_BYTES (64 << 20)
+#define MOST_IDLE_BLOCKS 64
+
+typedef struct {
+    void *memory;
+    size_t size;
+} Block;
+
+static Block idle[MOST_IDLE_BLOCKS]; /* the one that has been idle for the longest time first */
+static int idle_count = 0;
+static size_t idle_bytes = 0;
+
+static Block drop_idle(int position)
+{
+    Block block = idle[position];
+    idle_count--;
+    idle_bytes -= block.size;
+    memmove(idle + position, idle + position + 1, (idle_count - position) * sizeof(Block));
+    return block;
+}
+
+static void give_block(Block block)
+{
+    while (idle_count > 0 && (idle_count == MOST_IDLE_BLOCKS || idle_bytes + block.size > MOST_IDLE_BYTES)) {
+        Block oldest = drop_idle(0);
+        munmap(oldest.memory, oldest.size);
+    }
+    if (block.size > MOST_IDLE_BYTES) {
+        munmap(block.memory, block.size);
+        return;
+    }
+    idle[idle_count++] = block;
+    idle_bytes += block.size;
+}
+
+/* A block of at least this size; its memory is NULL if there is none. */
+static Block take_block(size_t size)
+{
+    for (int i = idle_count - 1; i >= 0; i--) {
+        if (idle[i].size >= size && idle[i].size - size <= size / 4)
+            return drop_idle(i);
+    }
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    Block block = {NULL, (size + page - 1) / page * page};
+    void *memory = mmap(NULL, block.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        return block;
+#ifdef MADV_HUGEPAGE
+    madvise(memory, block.size, MADV_HUGEPAGE);
+#endif
+    block.memory = memory;
+    return block;
+}
+
+static void release_block(PyObject *capsule)
+{
+    Block *block = PyCapsule_GetPointer(capsule, NULL);
+    give_block(*block);
+    PyMem_Free(block);
+}
+
+/* An array whose memory goes back to the idle blocks when the last reference to it is gone. */
+static PyObject *new_in_block(PyArray_Descr *descr, int ndim, npy_intp *dims, size_t size)
+{
+    Block *block = PyMem_Malloc(sizeof(Block));
+    if (block == NULL)
+        return PyErr_NoMemory();
+    *block = take_block(size);
+    if (block->memory == NULL) {
+        PyMem_Free(block);
+        return PyErr_NoMemory();
+    }
+    PyObject *owner = PyCapsule_New(block, NULL, release_block);
+    if (owner == NULL) {
+        give_block(*block);
+        PyMem_Free(block);
+        return NULL;
+    }
+    Py_INCREF(descr);
+    PyObject *array =
+        PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, block->memory, NPY_ARRAY_CARRAY, NULL);
+    if (array == NULL) {
+        Py_DECREF(owner);
+        return NULL;
+    }
+    if (PyArray_SetBaseObject((PyArrayObject *)array, owner) < 0) { /* which has taken the owner, even so */
+        Py_DECREF(array);
+        return NULL;
+    }
+    return array;
+}
+
+static PyObject *new_array(PyArray_Descr *descr, int ndim, npy_intp *dims, size_t size)
+{
+    if (size >= SMALLEST_BLOCK)
+        return new_in_block(descr, ndim, dims, size);
+    Py_INCREF(descr);
+    return PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, NULL, 0, NULL);
+}
+
+
+/* Rows ------------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int ndim; /* the axes that a batch of these rows has in front */
+    npy_intp dims[NPY_MAXDIMS];
+    npy_intp count;
+    npy_intp start, step;  /* row i is start + i * step, */
+    const npy_intp *index; /* or index[i] if there is one */
+} Rows;
+
+/* The rows of an int, a range or a C-contiguous array of intp; -1 with an exception for anything else. */
+static int read_rows(PyObject *object, Rows *rows)
+{
+    rows->ndim = 0;
+    rows->count = 1;
+    rows->start = rows->step = 0;
+    rows->index = NULL;
+    if (PyLong_Check(object)) {
+        rows->start = PyLong_AsSsize_t(object);
+        return rows->start == -1 && PyErr_Occurred() ? -1 : 0;
+    }
+    if (PyRange_Check(object)) {
+        PyObject *start = PyObject_GetAttr(object, name_start), *step = PyObject_GetAttr(object, name_step);
+        if (start != NULL && step != NULL) {
+            rows->start = PyLong_AsSsize_t(start);
+            rows->step = PyLong_AsSsize_t(step);
+            rows->count = PyObject_Size(object);
+        }
+        Py_XDECREF(start);
+        Py_XDECREF(step);
+        rows->ndim = 1;
+        rows->dims[0] = rows->count;
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    if (!PyArray_CheckExact(object) || PyArray_TYPE((PyArrayObject *)object) != NPY_INTP ||
+        !PyArray_ISCARRAY_RO((PyArrayObject *)object)) {
+        PyErr_SetString(PyExc_TypeError, "expected rows: an int, a range or a C-contiguous array of intp");
+        return -1;
+    }
+    PyArrayObject *array = (PyArrayObject *)object;
+    rows->ndim = PyArray_NDIM(array);
+    rows->count = PyArray_SIZE(array);
+    rows->index = PyArray_DATA(array);
+    memcpy(rows->dims, PyArray_DIMS(array), rows->ndim * sizeof(npy_intp));
+    return 0;
+}
+
+static inline npy_intp row_at(const Rows *rows, npy_intp i)
+{
+    return rows->index != NULL ? rows->index[i] : rows->start + i * rows->step;
+}
+
+
+/* Moving ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    char *buffer;        /* row 0 of the buffer */
+    char *batch;         /* row 0 of what is read or written */
+    npy_intp width;      /* the bytes of a row */
+    npy_intp batch_step; /* the bytes from one row of the batch to the next: the width, or 0 for one item to all */
+    PyObject *held;      /* what owns the memory of the batch, if nobody else does */
+    char number[32];     /* the memory of a batch that is a single number */
+} Move;
+
+typedef struct {
+    Move *moves;
+    Py_ssize_t count;
+    const Rows *rows;
+    npy_intp from, to; /* the rows to move */
+    int reading;
+} Task;
+
+/* With the width known, the compiler makes loads and stores of each memcpy. */
+#define MOVE_EACH(WIDTH)                                                     \
+    for (npy_intp i = from; i < to; i++) {                                   \
+        char *row = move->buffer + row_at(rows, i) * (npy_intp)(WIDTH);      \
+        char *other = move->batch + i * move->batch_step;                    \
+        memcpy(reading ? other : row, reading ? row : other, (size_t)(WIDTH)); \
+    }
+
+static inline void move_each(const Move *move, const Rows *rows, npy_intp from, npy_intp to, const int reading)
+{
+    switch (move->width) {
+    case 1: MOVE_EACH(1) break;
+    case 2: MOVE_EACH(2) break;
+    case 4: MOVE_EACH(4) break;
+    case 8: MOVE_EACH(8) break;
+    case 12: MOVE_EACH(12) break;
+    case 16: MOVE_EACH(16) break;
+    case 32: MOVE_EACH(32) break;
+    default: MOVE_EACH(move->width)
+    }
+}
+
+static void *run_task(void *argument)
+{
+    const Task *task = argument;
+    const Rows *rows = task->rows;
+    npy_intp from = task->from, count = task->to - task->from;
+    for (Py_ssize_t i = 0; i < task->count; i++) {
+        const Move *move = task->moves + i;
+        if (move->width == 0 || count == 0)
+            continue;
+        if (rows->index == NULL && (rows->step == 1 || count == 1) && move->batch_step == move->width) {
+            char *row = move->buffer + row_at(rows, from) * move->width, *other = move->batch + from * move->width;
+            memcpy(task->reading ? other : row, task->reading ? row : other, (size_t)(count * move->width));
+        } else if (task->reading) {
+            move_each(move, rows, from, task->to, 1);
+        } else {
+            move_each(move, rows, from, task->to, 0);
+        }
+    }
+    return NULL;
+}
+
+static void run_all(Move *moves, Py_ssize_t count, const Rows *rows, int reading)
+{
+    npy_intp bytes = 0;
+    for (Py_ssize_t i = 0; i < count; i++)
+        bytes += moves[i].width * rows->count;
+    int threads = 1;
+    /* Several values for one row must be written in their order. */
+    if (reading || rows->index == NULL) {
+        threads = (int)(bytes / BYTES_PER_THREAD);
+        threads = threads < 1 ? 1 : threads > threads_at_hand ? threads_at_hand : threads;
+    }
+    Task tasks[MOST_THREADS];
+    pthread_t others[MOST_THREADS];
+    int started = 1;
+    for (int i = 0; i < threads; i++)
+        tasks[i] = (Task){moves, count, rows, rows->count * i / threads, rows->count * (i + 1) / threads, reading};
+    PyThreadState *state = bytes >= BYTES_WITHOUT_GIL ? PyEval_SaveThread() : NULL;
+    for (; started < threads; started++) {
+        if (pthread_create(&others[started], NULL, run_task, &tasks[started]) != 0)
+            break;
+    }
+    run_task(&tasks[0]);
+    for (int i = 1; i < started; i++)
+        pthread_join(others[i], NULL);
+    for (int i = started; i < threads; i++)
+        run_task(&tasks[i]);
+    if (state != NULL)
+        PyEval_RestoreThread(state);
+}
+
+static Move *new_moves(Py_ssize_t count)
+{
+    Move *moves = PyMem_Calloc(count > 0 ? count : 1, sizeof(Move));
+    if (moves == NULL)
+        PyErr_NoMemory();
+    return moves;
+}
+
+static void free_moves(Move *moves, Py_ssize_t count)
+{
+    for (Py_ssize_t i = 0; i < count; i++)
+        Py_XDECREF(moves[i].held);
+    PyMem_Free(moves);
+}
+
+/* The bytes of a row of a buffer. */
+static npy_intp width_of(PyArrayObject *buffer)
+{
+    npy_intp width = PyArray_ITEMSIZE(buffer);
+    for (int i = 1; i < PyArray_NDIM(buffer); i++)
+        width *= PyArray_DIM(buffer, i);
+    return width;
+}
+
+/* The buffers of a call, a list of C-contiguous arrays; their moves, or NULL with an exception. */
+static Move *moves_of(PyObject *buffers)
+{
+    if (!PyList_Check(buffers)) {
+        PyErr_SetString(PyExc_TypeError, "expected a list of buffers");
+        return NULL;
+    }
+    Py_ssize_t count = PyList_GET_SIZE(buffers);
+    Move *moves = new_moves(count);
+    for (Py_ssize_t i = 0; moves != NULL && i < count; i++) {
+        PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(buffers, i);
+        if (!PyArray_CheckExact(buffer) || !PyArray_IS_C_CONTIGUOUS(buffer) || PyArray_NDIM(buffer) < 1) {
+            PyErr_SetString(PyExc_TypeError, "expected C-contiguous arrays as buffers");
+            free_moves(moves, count);
+            return NULL;
+        }
+        moves[i].buffer = PyArray_BYTES(buffer);
+        moves[i].width = moves[i].batch_step = width_of(buffer);
+    }
+    return moves;
+}
+
+
+/* gather ---------------------------------------------------------------------------------------------------------- */
+
+static const char gather_doc[] =
+    "gather(buffers, rows) -> list of arrays\n\nThe rows of every buffer, in memory of their own.";
+
+static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t argument_count)
+{
+    Rows rows;
+    if (argument_count != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected buffers and rows");
+        return NULL;
+    }
+    PyObject *buffers = arguments[0];
+    if (read_rows(arguments[1], &rows) < 0)
+        return NULL;
+    Move *moves = moves_of(buffers);
+    if (moves == NULL)
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(buffers);
+    PyObject *leaves = PyList_New(count);
+    for (Py_ssize_t i = 0; leaves != NULL && i < count; i++) {
+        PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(buffers, i);
+        int ndim = rows.ndim + PyArray_NDIM(buffer) - 1;
+        PyObject *leaf = NULL;
+        if (ndim > NPY_MAXDIMS) {
+            PyErr_SetString(PyExc_ValueError, "the index and the leaf have too many axes for NumPy");
+        } else {
+            npy_intp dims[NPY_MAXDIMS];
+            memcpy(dims, rows.dims, rows.ndim * sizeof(npy_intp));
+            memcpy(dims + rows.ndim, PyArray_DIMS(buffer) + 1, (ndim - rows.ndim) * sizeof(npy_intp));
+            leaf = new_array(PyArray_DESCR(buffer), ndim, dims, (size_t)(rows.count * moves[i].width));
+        }
+        if (leaf == NULL) {
+            Py_CLEAR(leaves);
+            break;
+        }
+        moves[i].batch = PyArray_BYTES((PyArrayObject *)leaf);
+        PyList_SET_ITEM(leaves, i, leaf);
+    }
+    if (leaves != NULL)
+        run_all(moves, count, &rows, 1);
+    free_moves(moves, count);
+    return leaves;
+}
+
+
+/* view_one -------------------------------------------------------------------------------------------------------- */
+
+static const char view_one_doc[] = "view_one(buffers, row) -> list of arrays\n\nLive views of one row of every buffer.";
+
+static PyObject *view_one(PyObject *module, PyObject *const *arguments, Py_ssize_t argument_count)
+{
+    if (argument_count != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected buffers and a row");
+        return NULL;
+    }
+    npy_intp row = PyLong_AsSsize_t(arguments[1]);
+    if (row == -1 && PyErr_Occurred())
+        return NULL;
+    Move *moves = moves_of(arguments[0]);
+    if (moves == NULL)
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(arguments[0]);
+    PyObject *leaves = PyList_New(count);
+    for (Py_ssize_t i = 0; leaves != NULL && i < count; i++) {
+        PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(arguments[0], i);
+        int flags = NPY_ARRAY_C_CONTIGUOUS | (PyArray_FLAGS(buffer) & (NPY_ARRAY_WRITEABLE | NPY_ARRAY_ALIGNED));
+        Py_INCREF(PyArray_DESCR(buffer));
+        PyObject *leaf = PyArray_NewFromDescr(&PyArray_Type, PyArray_DESCR(buffer), PyArray_NDIM(buffer) - 1,
+                                              PyArray_DIMS(buffer) + 1, NULL, moves[i].buffer + row * moves[i].width,
+                                              flags, NULL);
+        if (leaf != NULL) {
+            Py_INCREF(buffer);
+            if (PyArray_SetBaseObject((PyArrayObject *)leaf, (PyObject *)buffer) < 0)
+                Py_CLEAR(leaf);
+        }
+        if (leaf == NULL) {
+            Py_CLEAR(leaves);
+            break;
+        }
+        PyList_SET_ITEM(leaves, i, leaf);
+    }
+    free_moves(moves, count);
+    return leaves;
+}
+
+
+/* gather_into and scatter ------------------------------------------------------------------------------------------ */
+
+/* Whether the array has these axes in front and then those of a row of the buffer. */
+static int has_shape(PyArrayObject *array, PyArrayObject *buffer, int ndim, const npy_intp *dims)
+{
+    int row_ndim = PyArray_NDIM(buffer) - 1;
+    return PyArray_NDIM(array) == ndim + row_ndim &&
+           (ndim == 0 || memcmp(PyArray_DIMS(array), dims, ndim * sizeof(npy_intp)) == 0) &&
+           memcmp(PyArray_DIMS(array) + ndim, PyArray_DIMS(buffer) + 1, row_ndim * sizeof(npy_intp)) == 0;
+}
+
+static int same_dtype(PyArray_Descr *one, PyArray_Descr *other)
+{
+    return one == other || PyArray_EquivTypes(one, other);
+}
+
+/* Whether the batch shares memory with a buffer, which would change under its reader. */
+static int overlaps(PyArrayObject *array, PyObject *buffers)
+{
+    const char *start = PyArray_BYTES(array), *end = start + PyArray_NBYTES(array);
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(buffers); i++) {
+        PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(buffers, i);
+        if (start < PyArray_BYTES(buffer) + PyArray_NBYTES(buffer) && PyArray_BYTES(buffer) < end)
+            return 1;
+    }
+    return 0;
+}
+
+/* 1 if the array can be read as the batch of this move, 0 if not, -1 with an exception. */
+static int read_array(PyArrayObject *array, PyObject *buffers, Py_ssize_t i, const Rows *rows, Move *move)
+{
+    PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(buffers, i);
+    if (!same_dtype(PyArray_DESCR(array), PyArray_DESCR(buffer)))
+        return 0;
+    if (!has_shape(array, buffer, rows->ndim, rows->dims)) {
+        if (!has_shape(array, buffer, 0, NULL))
+            return 0;
+        move->batch_step = 0;
+    }
+    if (!PyArray_IS_C_CONTIGUOUS(array) || overlaps(array, buffers)) {
+        move->held = PyArray_NewCopy(array, NPY_CORDER);
+        if (move->held == NULL)
+            return -1;
+        array = (PyArrayObject *)move->held;
+    }
+    move->batch = PyArray_BYTES(array);
+    return 1;
+}
+
+/* 1 if the number, Python's or NumPy's, can be read as the batch of this move, 0 if not, -1 with an exception. */
+static int read_number(PyObject *number, PyArrayObject *buffer, Move *move)
+{
+    PyArray_Descr *descr = PyArray_DESCR(buffer);
+    if (PyArray_NDIM(buffer) != 1 || move->width > (npy_intp)sizeof(move->number))
+        return 0;
+    if (Py_TYPE(number) == descr->typeobj) {
+        /* Only of these is the class all there is to know. */
+        if (!PyTypeNum_ISNUMBER(descr->type_num) && !PyTypeNum_ISBOOL(descr->type_num))
+            return 0;
+        if (!PyArray_ISNBO(descr->byteorder))
+            return 0;
+        PyArray_ScalarAsCtype(number, move->number);
+    } else if ((PyFloat_CheckExact(number) && PyTypeNum_ISFLOAT(descr->type_num)) ||
+               (PyLong_CheckExact(number) && PyTypeNum_ISINTEGER(descr->type_num)) ||
+               (PyBool_Check(number) && PyTypeNum_ISBOOL(descr->type_num))) {
+        if (PyArray_SETITEM(buffer, move->number, number) < 0) {
+            PyErr_Clear(); /* values.py says it, by the path of the leaf */
+            return 0;
+        }
+    } else {
+        return 0;
+    }
+    move->batch = move->number;
+    move->batch_step = 0;
+    return 1;
+}
+
+static const char scatter_doc[] =
+    "scatter(buffers, rows, leaves) -> bool\n\n"
+    "Write a leaf to the rows of each buffer, if every one can be taken just as it is; else write nothing: False.";
+
+static PyObject *scatter(PyObject *module, PyObject *const *arguments, Py_ssize_t argument_count)
+{
+    Rows rows;
+    if (argument_count != 3 || !PyList_Check(arguments[2])) {
+        PyErr_SetString(PyExc_TypeError, "expected buffers, rows and a list of leaves");
+        return NULL;
+    }
+    PyObject *buffers = arguments[0], *leaves = arguments[2];
+    if (read_rows(arguments[1], &rows) < 0)
+        return NULL;
+    Move *moves = moves_of(buffers);
+    if (moves == NULL)
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(buffers);
+    int good = PyList_GET_SIZE(leaves) == count;
+    for (Py_ssize_t i = 0; good == 1 && i < count; i++) {
+        PyObject *leaf = PyList_GET_ITEM(leaves, i);
+        PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(buffers, i);
+        if (!PyArray_ISWRITEABLE(buffer))
+            good = 0;
+        else if (PyArray_CheckExact(leaf))
+            good = read_array((PyArrayObject *)leaf, buffers, i, &rows, &moves[i]);
+        else
+            good = read_number(leaf, buffer, &moves[i]);
+    }
+    if (good == 1)
+        run_all(moves, count, &rows, 0);
+    free_moves(moves, count);
+    return good < 0 ? NULL : PyBool_FromLong(good);
+}
+
+static const char gather_into_doc[] =
+    "gather_into(buffers, rows, out)\n\n"
+    "Fill each array, of the shape and dtype that gather would return, with the rows of its buffer.";
+
+static PyObject *gather_into(PyObject *module, PyObject *const *arguments, Py_ssize_t argument_count)
+{
+    Rows rows;
+    if (argument_count != 3 || !PyList_Check(arguments[2])) {
+        PyErr_SetString(PyExc_TypeError, "expected buffers, rows and a list of arrays");
+        return NULL;
+    }
+    PyObject *buffers = arguments[0], *out = arguments[2];
+    if (read_rows(arguments[1], &rows) < 0)
+        return NULL;
+    Move *moves = moves_of(buffers);
+    if (moves == NULL)
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(buffers);
+    int good = PyList_GET_SIZE(out) == count;
+    for (Py_ssize_t i = 0; good && i < count; i++) {
+        PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(buffers, i);
+        PyArrayObject *array = (PyArrayObject *)PyList_GET_ITEM(out, i);
+        good = PyArray_CheckExact(array) && same_dtype(PyArray_DESCR(array), PyArray_DESCR(buffer)) &&
+               has_shape(array, buffer, rows.ndim, rows.dims) && PyArray_ISWRITEABLE(array);
+        if (good && (!PyArray_IS_C_CONTIGUOUS(array) || overlaps(array, buffers))) {
+            /* Filled first, and then copied to where it belongs. */
+            moves[i].held = PyArray_NewLikeArray(array, NPY_CORDER, NULL, 0);
+            if (moves[i].held == NULL)
+                break;
+            array = (PyArrayObject *)moves[i].held;
+        }
+        moves[i].batch = PyArray_BYTES(array);
+    }
+    if (!good)
+        PyErr_SetString(PyExc_TypeError, "expected writable arrays of the shape and dtype of the rows");
+    if (!PyErr_Occurred())
+        run_all(moves, count, &rows, 1);
+    for (Py_ssize_t i = 0; !PyErr_Occurred() && i < count; i++) {
+        if (moves[i].held != NULL)
+            PyArray_CopyInto((PyArrayObject *)PyList_GET_ITEM(out, i), (PyArrayObject *)moves[i].held);
+    }
+    free_moves(moves, count);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+
+/* all_inside ------------------------------------------------------------------------------------------------------- */
+
+static const char all_inside_doc[] =
+    "all_inside(index, capacity) -> bool\n\n"
+    "Whether the index is a C-contiguous array of intp whose every element is at least 0 and below the capacity.";
+
+static PyObject *all_inside(PyObject *module, PyObject *const *arguments, Py_ssize_t argument_count)
+{
+    if (argument_count != 2 || !PyArray_CheckExact(arguments[0])) {
+        PyErr_SetString(PyExc_TypeError, "expected an array and a capacity");
+        return NULL;
+    }
+    PyArrayObject *index = (PyArrayObject *)arguments[0];
+    npy_intp capacity = PyLong_AsSsize_t(arguments[1]);
+    if (capacity == -1 && PyErr_Occurred())
+        return NULL;
+    if (PyArray_TYPE(index) != NPY_INTP || !PyArray_ISCARRAY_RO(index) || PyArray_NDIM(index) == 0)
+        Py_RETURN_FALSE;
+    const npy_intp *rows = PyArray_DATA(index);
+    npy_intp count = PyArray_SIZE(index);
+    int outside = 0;
+    for (npy_intp i = 0; i < count; i++)
+        outside |= (npy_uintp)rows[i] >= (npy_uintp)capacity; /* a negative one is a huge one */
+    return PyBool_FromLong(!outside);
+}
+
+
+static PyMethodDef functions[] = {
+    {"all_inside", (PyCFunction)(void (*)(void))all_inside, METH_FASTCALL, all_inside_doc},
+    {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, gather_doc},
+    {"gather_into", (PyCFunction)(void (*)(void))gather_into, METH_FASTCALL, gather_into_doc},
+    {"scatter", (PyCFunction)(void (*)(void))scatter, METH_FASTCALL, scatter_doc},
+    {"view_one", (PyCFunction)(void (*)(void))view_one, METH_FASTCALL, view_one_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "anystore._moves",
+    .m_doc = "The rows of every leaf, moved in one call.",
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__moves(void)
+{
+    import_array();
+    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    threads_at_hand = processors < 1 ? 1 : processors > MOST_THREADS ? MOST_THREADS : (int)processors;
+    name_start = PyUnicode_InternFromString("start");
+    name_step = PyUnicode_InternFromString("step");
+    if (name_start == NULL || name_step == NULL)
+        return NULL;
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,108 @@
+"""The rows of every leaf of NumPy arrays, moved in one call: in plain NumPy here, compiled in _moves.c.
+
+The compiled functions take the place of these where they were built. These are what they are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.specs import limits
+
+__all__ = ["all_inside", "gather", "gather_into", "scatter", "view_one"]
+
+_NUMBERS = {bool: "b", int: "iu", float: "f"}
+"""The kinds of dtype that a Python number of each class is written to as it is."""
+
+
+def all_inside(index: NDArray[Any], capacity: int) -> bool:
+    """Whether `index` is a C-contiguous array of intp whose every element is at least 0 and below `capacity`."""
+    if index.dtype != np.intp or not index.flags.c_contiguous or index.ndim == 0:
+        return False
+    return index.size == 0 or bool(index.min() >= 0 and index.max() < capacity)
+
+
+def gather(buffers: Sequence[NDArray[Any]], rows: Any) -> list[NDArray[Any]]:
+    """The rows of every buffer, in memory of their own."""
+    if type(rows) is np.ndarray:
+        # The rows are known to be good: "clip" spares NumPy a second check.
+        return [buffer.take(rows, 0, None, "clip") for buffer in buffers]
+    index = _basic_index(rows)
+    return [buffer[index].copy() for buffer in buffers]
+
+
+def view_one(buffers: Sequence[NDArray[Any]], row: int) -> list[NDArray[Any]]:
+    """Live views of one row of every buffer."""
+    return [buffer[row, ...] for buffer in buffers]
+
+
+def gather_into(buffers: Sequence[NDArray[Any]], rows: Any, out: Sequence[NDArray[Any]]) -> None:
+    """Fill each array of `out`, of the shape and dtype that `gather` would return, with the rows of its buffer."""
+    for buffer, array in zip(buffers, out):
+        if type(rows) is np.ndarray:
+            buffer.take(rows, 0, array, "clip")
+        else:
+            array[...] = buffer[_basic_index(rows)]
+
+
+def scatter(buffers: Sequence[NDArray[Any]], rows: Any, leaves: Sequence[Any]) -> bool:
+    """Write a leaf to the rows of each buffer, if every one can be taken just as it is; else write nothing.
+
+    That is an array of the dtype of its buffer and the shape of the rows or of one item, and a number, NumPy's or
+    Python's, that its buffer holds without a change. Of several values for one row the last stays.
+
+    Returns
+    -------
+    bool
+        Whether the leaves were written.
+    """
+    lead = _leading_shape(rows)
+    if not all(_fits(leaf, buffer, lead) for leaf, buffer in zip(leaves, buffers)):
+        return False
+    # Of several values for one row NumPy leaves the last, since the rows are C-contiguous.
+    index = rows if type(rows) is np.ndarray else _basic_index(rows)
+    for buffer, leaf in zip(buffers, [_apart(leaf, buffers) for leaf in leaves]):
+        buffer[index] = leaf
+    return True
+
+
+def _leading_shape(rows: Any) -> tuple[int, ...]:
+    return () if type(rows) is int else (len(rows),) if type(rows) is range else rows.shape
+
+
+def _basic_index(rows: Any) -> Any:
+    if type(rows) is int:
+        return rows, ...
+    return slice(rows.start, rows.stop if rows.stop >= 0 else None, rows.step)
+
+
+def _fits(leaf: Any, buffer: NDArray[Any], lead: tuple[int, ...]) -> bool:
+    if not buffer.flags.writeable:
+        return False
+    if type(leaf) is np.ndarray:
+        shape = buffer.shape[1:]
+        return leaf.dtype == buffer.dtype and (leaf.shape == lead + shape or leaf.shape == shape)
+    if buffer.ndim > 1:
+        return False
+    number = type(leaf)
+    if number not in _NUMBERS or buffer.dtype.kind not in _NUMBERS[number]:
+        return number is buffer.dtype.type and buffer.dtype.kind in "biufc" and buffer.dtype.isnative
+    low, high = limits(buffer.dtype)
+    return number is not int or low <= leaf <= high
+
+
+def _apart(leaf: Any, buffers: Sequence[NDArray[Any]]) -> Any:
+    """`leaf`, copied if it is a view of a buffer, which would change under its reader."""
+    if getattr(leaf, "base", None) is not None and any(np.may_share_memory(leaf, buffer) for buffer in buffers):
+        return leaf.copy()
+    return leaf
+
+
+try:
+    from anystore._moves import all_inside, gather, gather_into, scatter, view_one
+except ImportError:
+    pass
