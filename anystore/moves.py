@@ -5,6 +5,7 @@ The compiled functions take the place of these where they were built. These are 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def _fits(leaf: Any, buffer: NDArray[Any], lead: tuple[int, ...]) -> bool:
         return False
     if type(leaf) is np.ndarray:
         shape = buffer.shape[1:]
-        return leaf.dtype == buffer.dtype and (leaf.shape == lead + shape or leaf.shape == shape)
+        return bool(leaf.dtype == buffer.dtype) and (leaf.shape == lead + shape or leaf.shape == shape)
     if buffer.ndim > 1:
         return False
     number = type(leaf)
@@ -102,7 +103,5 @@ def _apart(leaf: Any, buffers: Sequence[NDArray[Any]]) -> Any:
     return leaf
 
 
-try:
+with contextlib.suppress(ImportError):
     from anystore._moves import all_inside, gather, gather_into, scatter, view_one
-except ImportError:
-    pass
