@@ -11,52 +11,57 @@ import nox
 nox.needs_version = ">=2024.10"
 nox.options.reuse_venv = "yes"
 
-TEST = ["pytest>=8", "hypothesis>=6.100"]
-FOREIGN_SPECS = ["attrs", "dm-env", "gymnasium>=1.0", "ml_dtypes"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ml_dtypes"]
+FOREIGN_SPECS = ["attrs", "dm-env", "gymnasium>=1.0"]
 STRICT = ["array-api-strict>=2.4"]
 CUPY = "cupy-cuda13x" if os.environ.get("ANYSTORE_CUDA") == "13" else "cupy-cuda12x"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 BACKENDS = {
-    "numpy": FOREIGN_SPECS,
-    "numpy-min": ["-c", "constraints-min.txt", *FOREIGN_SPECS],
-    "strict": STRICT,
-    "torch": [".[torch]", "ml_dtypes"],
-    "jax": [".[jax]"],
-    "cupy": [f".[{CUPY}]", "ml_dtypes"],
-    "all": [".[torch,jax]", *STRICT, *FOREIGN_SPECS],
+    "numpy": ("", FOREIGN_SPECS),
+    "numpy-min": ("", ["-c", "constraints-min.txt", *FOREIGN_SPECS]),
+    "strict": ("", STRICT),
+    "torch": ("[torch]", []),
+    "jax": ("[jax]", []),
+    "cupy": (f"[{CUPY}]", []),
+    "all": ("[torch,jax]", [*STRICT, *FOREIGN_SPECS]),
 }
-"""What the tests of each backend need besides anystore; "all" has every library, so that values of each meet
-stores of each."""
+"""The extra of anystore that the tests of each backend need, and what else; "all" has every library, so that values
+of each meet stores of each."""
 REQUIRED = {"strict": "array_api_strict", "torch": "torch", "jax": "jax", "all": "array_api_strict,torch,jax"}
 
 
-def install(session: nox.Session, *packages: str) -> None:
-    session.install("-c", "constraints.txt", "-e", ".", *packages)
+def install(session: nox.Session, *packages: str, extra: str = "") -> None:
+    session.install("-c", "constraints.txt", "-e", f".{extra}", *packages)
 
 
 def run_tests(session: nox.Session, *arguments: str, **env: str) -> None:
     session.run("python", "-m", "pytest", *(session.posargs or arguments), env=env)
 
 
+WITHOUT_TENSORFLOW = "--ignore-glob=tests/test_tf*.py"
+"""These tests have sessions of their own."""
+
+
 @nox.session
 @nox.parametrize("backend", [nox.param(name, id=name) for name in BACKENDS])
 def tests(session: nox.Session, backend: str) -> None:
     """The tests, with the library of one backend installed, which then must run."""
-    install(session, *TEST, *BACKENDS[backend])
+    extra, packages = BACKENDS[backend]
+    install(session, *TEST, *packages, extra=extra)
     env = {"ANYSTORE_REQUIRE": os.environ.get("ANYSTORE_REQUIRE", REQUIRED.get(backend, ""))}
     if backend == "all":
         env["ANYSTORE_NO_SKIPS"] = "1"
     if backend == "cupy" and "cupy" not in env["ANYSTORE_REQUIRE"]:
         session.warn("without ANYSTORE_REQUIRE=cupy this session passes where there is no CUDA device to test on")
-    run_tests(session, **env)
+    run_tests(session, WITHOUT_TENSORFLOW, **env)
 
 
 @nox.session(python=PYTHONS, default=False)
 def pythons(session: nox.Session) -> None:
     """The tests with NumPy and array_api_strict, on every version of Python that is there."""
     install(session, *TEST, *FOREIGN_SPECS, *STRICT)
-    run_tests(session, ANYSTORE_REQUIRE="array_api_strict")
+    run_tests(session, WITHOUT_TENSORFLOW, ANYSTORE_REQUIRE="array_api_strict")
 
 
 @nox.session
@@ -70,14 +75,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """The types, by mypy."""
-    install(session, "mypy==2.4.1", "ml_dtypes", ".[torch,jax]")
+    install(session, "mypy==2.4.1", "ml_dtypes", extra="[torch,jax]")
     session.run("mypy")
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """A Q-learner that learns CartPole from a Storage."""
-    install(session, ".[examples]")
+    install(session, extra="[examples]")
     Path("out").mkdir(exist_ok=True)
     session.run("python", "examples/cartpole.py", "--output", "out/cartpole.png", *session.posargs)
 
@@ -101,7 +106,8 @@ def wheel(session: nox.Session) -> None:
             shutil.rmtree(target)
         copy(name, target)
     with session.chdir(place / "run"):
-        session.run(python, "-m", "pytest", env={"ANYSTORE_REQUIRE": "array_api_strict"}, external=True)
+        required = "array_api_strict,compiled" if shutil.which("cc") else "array_api_strict"
+        session.run(python, "-m", "pytest", WITHOUT_TENSORFLOW, env={"ANYSTORE_REQUIRE": required}, external=True)
 
 
 @nox.session(default=False)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-import anystore
 from anystore import ArraySpec, Storage
 
 SPEC = {
@@ -79,9 +78,7 @@ def main() -> None:
             lambda: {key: array.take(rows, 0) for key, array in arrays.items()},
         ),
     }
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}, anystore {anystore.__version__}"
-    )
+    print(platform.machine(), f"Python {platform.python_version()}", f"NumPy {np.__version__}", sep=", ")
     print(f"{'':<34} {'anystore':>10} {'by hand':>10} {'ratio':>7}")
     for name, (ours, theirs) in pairs.items():
         a, b = measure(ours, theirs, rounds)

@@ -42,7 +42,6 @@ DTYPES = st.sampled_from(
         "float32",
         "float64",
         "complex128",
-        "longdouble",
         "S3",
         "U5",
         "M8[s]",
@@ -122,10 +121,7 @@ class TestCompiled:
         assert all(map(same, stored, twins))
 
     @given(
-        st.sampled_from(
-            ["bool", "int8", "uint8", "int64", "uint64", "float16", "float32", "longdouble", ">f4", "M8[s]"]
-        )
-        | DTYPES,
+        st.sampled_from(["bool", "int8", "uint8", "int64", "uint64", "float16", "float32", ">f4", "M8[s]"]) | DTYPES,
         st.booleans()
         | st.integers()
         | st.integers(-300, 300)

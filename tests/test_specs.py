@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -92,6 +93,13 @@ class TestDtypes:
             dtype = getattr(pytest.importorskip(library), name, None)
             if dtype is not None:
                 assert as_dtype(dtype) == as_dtype(name)
+
+    def test_without_ml_dtypes(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        with pytest.raises(
+            TypeError, match="'float8_e0m8' is no dtype that NumPy knows; for .*: pip install ml_dtypes"
+        ):
+            as_dtype("float8_e0m8")
 
     def test_kinds(self):
         kinds = {
