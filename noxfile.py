@@ -110,8 +110,44 @@ def wheel(session: nox.Session) -> None:
         session.run(python, "-m", "pytest", WITHOUT_TENSORFLOW, env={"ANYSTORE_REQUIRE": required}, external=True)
 
 
+PEERS = {
+    "numpy": [],
+    "torch": ["torch"],
+    "jax": ["jax"],
+    "tf_agents": ["tf-agents==0.19.0", "tensorflow==2.15.1", "numpy==1.26.4"],
+    "torchrl": ["torch", "torchrl"],
+    "cpprb": ["cpprb"],
+    "flashbax": ["flashbax"],
+    "stable_baselines3": ["torch", "stable-baselines3"],
+    "tianshou": ["torch", "tianshou"],
+    "rlox": ["torch", "rlox"],
+    "pyribs": ["ribs"],
+}
+"""What each environment of the benchmarks holds besides anystore."""
+
+
+@nox.session(default=False, python="3.11")
+@nox.parametrize("peer", [nox.param(name, id=name) for name in PEERS])
+def bench_beside(session: nox.Session, peer: str) -> None:
+    """Measure anystore and NumPy by hand beside a peer, in the peer's own environment."""
+    install(session, *PEERS[peer])
+    output = f"benchmarks/results/raw/{peer}.json"
+    session.run("python", "-W", "ignore", "-m", "benchmarks.measure", peer, "--output", output, *session.posargs)
+
+
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """The figures of the benchmarks, as ratios measured in one run."""
-    install(session)
-    session.run("python", "benchmarks/small_leaves.py", *session.posargs)
+    """All benchmarks, one peer after the other, and then the tables and pictures in benchmarks/results."""
+    install(session, "matplotlib")
+    for peer in PEERS:
+        session.notify(f"bench_beside({peer})", posargs=session.posargs)
+    session.notify("bench_report")
+
+
+@nox.session(default=False)
+def bench_report(session: nox.Session) -> None:
+    """What the cost of a call grows with, and the tables and pictures of all that was measured."""
+    install(session, "matplotlib")
+    session.run("python", "benchmarks/small_leaves.py")
+    session.run("python", "-m", "benchmarks.costs", "--output", "benchmarks/results/raw/costs.json")
+    session.run("python", "-m", "benchmarks.report")

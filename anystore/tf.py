@@ -72,8 +72,7 @@ class NumpyStorage(tf.Module):  # type: ignore[misc]  # TensorFlow has no type h
     Examples
     --------
     >>> import numpy as np
-    >>> from anystore import ArraySpec
-    >>> from anystore.tf import NumpyStorage
+    >>> from anystore import ArraySpec, NumpyStorage
     >>> store = NumpyStorage({"obs": ArraySpec((2,), "float32"), "reward": ArraySpec((), "float32")}, capacity=10)
     >>> store.set(3, {"obs": np.ones(2, np.float32), "reward": 0.5})
     >>> store.get([3, 4])["reward"]
@@ -160,7 +159,7 @@ class NumpyState(tf.__internal__.tracking.AutoTrackable):  # type: ignore[misc] 
     --------
     >>> import numpy as np
     >>> import tensorflow as tf
-    >>> from anystore.tf import NumpyState
+    >>> from anystore import NumpyState
     >>> state = NumpyState()
     >>> state.rows = np.arange(3)
     >>> checkpoint = tf.train.Checkpoint(state=state)

@@ -1,7 +1,7 @@
 """A DQN agent of TF-Agents that learns CartPole from a NumpyStorage.
 
 A driver of TF-Agents steps the environment; an observer writes each step to the storage, in a circle. For training,
-one call reads all the pairs of consecutive steps of a batch. At the end agent and storage are saved in one
+one call reads all the pairs of consecutive steps of a batch. At the end policy and storage are saved in one
 checkpoint, and restored from it.
 
     pip install anystore tf-agents==0.19.0 tensorflow==2.15.1 numpy==1.26.4   # Python 3.11 or older
@@ -26,7 +26,7 @@ from tf_agents.policies import py_tf_eager_policy
 from tf_agents.specs import tensor_spec
 from tf_agents.utils import common
 
-from anystore.tf import NumpyState, NumpyStorage  # instead of: from tf_agents.utils.numpy_storage import ...
+from anystore import NumpyState, NumpyStorage  # instead of: from tf_agents.utils.numpy_storage import ...
 
 
 class Replay(tf.Module):
@@ -55,15 +55,16 @@ class Replay(tf.Module):
         return self._storage.get(...)
 
 
-def make_agent(env: Any) -> dqn_agent.DqnAgent:
+def make_agent(env: Any, epsilon: Any) -> dqn_agent.DdqnAgent:
     observation, action = tensor_spec.from_spec((env.observation_spec(), env.action_spec()))
-    agent = dqn_agent.DqnAgent(
+    agent = dqn_agent.DdqnAgent(
         tensor_spec.from_spec(env.time_step_spec()),
         action,
-        q_network=q_network.QNetwork(observation, action, fc_layer_params=(100, 50)),
-        optimizer=tf.keras.optimizers.legacy.Adam(1e-3),
-        epsilon_greedy=0.1,
-        target_update_period=100,
+        q_network=q_network.QNetwork(observation, action, fc_layer_params=(128, 128)),
+        optimizer=tf.keras.optimizers.legacy.Adam(5e-4),
+        epsilon_greedy=lambda: epsilon,
+        target_update_tau=0.01,
+        target_update_period=1,
         td_errors_loss_fn=common.element_wise_huber_loss,
         gamma=0.99,
     )
@@ -84,10 +85,10 @@ def average_return(env: Any, policy: Any, episodes: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=12_000, help="steps of the environment to collect")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of the environment, at most")
     parser.add_argument("--capacity", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--reach", type=float, default=0.0, help="fail if the average return stays below this")
+    parser.add_argument("--reach", type=float, default=100.0, help="stop here; fail without it (chance gets 20)")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
 
@@ -95,7 +96,8 @@ def main() -> None:
     env, test_env = suite_gym.load("CartPole-v1"), suite_gym.load("CartPole-v1")
     env.seed(arguments.seed)
     test_env.seed(arguments.seed + 1)
-    agent = make_agent(env)
+    epsilon = tf.Variable(1.0)
+    agent = make_agent(env, epsilon)
     data_spec = tensor_spec.to_nest_array_spec(agent.collect_data_spec)
     replay = Replay(data_spec, arguments.capacity, arguments.seed)
     collect, greedy = (
@@ -104,18 +106,20 @@ def main() -> None:
     )
     driver = py_driver.PyDriver(env, collect, [replay.add], max_steps=1)
 
-    best, start = 0.0, time.perf_counter()
+    found, start = 0.0, time.perf_counter()
     step, policy_state = env.reset(), collect.get_initial_state()
     for count in range(1, arguments.steps + 1):
+        epsilon.assign(max(1 - count / 3000, 0.05))
         step, policy_state = driver.run(step, policy_state)
         if count > 500:
             agent.train(tf.nest.map_structure(tf.convert_to_tensor, replay.sample(arguments.batch)))
-        if count % 2000 == 0 or count == arguments.steps:
-            found = average_return(test_env, greedy, 5)
-            best = max(best, found)
+        if count % 1000 == 0 or count == arguments.steps:
+            found = average_return(test_env, greedy, 10)
             print(f"{count:6} steps, {time.perf_counter() - start:4.0f} s: average return {found:5.1f}", flush=True)
+        if found >= arguments.reach:
+            break
 
-    other, other_replay = make_agent(env), Replay(data_spec, arguments.capacity, arguments.seed)
+    other, other_replay = make_agent(env, epsilon), Replay(data_spec, arguments.capacity, arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         saved = tf.train.Checkpoint(policy=agent.policy, replay=replay).save(str(Path(folder) / "checkpoint"))
         restored = tf.train.Checkpoint(policy=other.policy, replay=other_replay).restore(saved)
@@ -123,8 +127,8 @@ def main() -> None:
     pairs = zip(tf.nest.flatten(other_replay.all_steps()), tf.nest.flatten(replay.all_steps()))
     assert all(np.array_equal(one, another) for one, another in pairs)
     print(f"saved and restored: the policy and {arguments.capacity:,} rows of steps")
-    if best < arguments.reach:
-        raise SystemExit(f"the average return stayed below {arguments.reach}")
+    if found < arguments.reach:
+        raise SystemExit(f"the average return stayed below {arguments.reach:g}")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ pytest.importorskip("tensorflow")
 import tensorflow as tf
 
 import anystore.tf
-from anystore import ArraySpec, Storage, available_backends
+from anystore import ArraySpec, NumpyState, NumpyStorage, Storage, available_backends
 from anystore.convert import to_numpy
-from anystore.tf import NumpyState, NumpyStorage
+from tests import stand_in
 from tests.items import SPEC, assert_same, batch, host
 
 CAPACITY = 10
@@ -48,13 +48,19 @@ Mode = Callable[[Callable[[], None]], None]
 """What runs a function in eager or in graph mode."""
 
 
-@pytest.fixture(params=USABLE)
-def backend(request: pytest.FixtureRequest) -> Any:
+ON_A_STAND_IN = "cupy on a stand-in"
+
+
+@pytest.fixture(params=[*USABLE, ON_A_STAND_IN])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     if request.param == "jax":
         import jax
 
         with jax.enable_x64(True):
-            yield request.param
+            yield "jax"
+    elif request.param == ON_A_STAND_IN:
+        with stand_in.installed(monkeypatch):
+            yield "cupy"
     else:
         yield request.param
 
@@ -116,6 +122,11 @@ def forged(path: Path, *arrays: Any) -> str:
 def test_what_was_set_is_what_is_got_on_every_backend(backend: str, index: Any) -> None:
     storage = filled(backend=backend)
     assert_same(storage.get(index), batch(np.arange(CAPACITY)[index]))
+
+
+@pytest.mark.parametrize("index", [tf.constant(3), tf.constant([[4, -1]]), tf.Variable([2, 2])])
+def test_an_index_may_be_a_tensor(index: Any) -> None:
+    assert_same(filled().get(index), filled().get(index.numpy()))
 
 
 @pytest.mark.parametrize("index", [2, slice(2, 4), [5, 1], np.arange(CAPACITY) % 2 == 0])

@@ -38,7 +38,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import anystore
-from anystore.tf import NumpyState, NumpyStorage
+from anystore import NumpyState, NumpyStorage
 from tests.items import assert_same
 
 CAPACITY = 6

@@ -1,0 +1,74 @@
+"""The kernels of kernels.cu: compiled once per process and device, launched on a stream of the current device.
+
+A room of its own because two backends launch them: everything here goes by address, whoever owns the memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from typing import Any, NamedTuple
+
+import cupy
+
+from anystore.leaf_table import THREADS, LeafTable, RowsOfLaunch, blocks_for, launches, slot_bits
+
+__all__ = ["OPTIONS", "Stream", "check", "gather", "note_last_writes", "scatter", "slots_nbytes", "source"]
+
+OPTIONS = ("--std=c++17",)
+
+
+class Stream(NamedTuple):
+    """A stream of whatever library, by its address; None in its place stands for CuPy's current one."""
+
+    ptr: int
+
+
+def source() -> str:
+    """The text of kernels.cu."""
+    return resources.files("anystore").joinpath("kernels.cu").read_text(encoding="utf-8")
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    """A kernel, which CuPy compiles when it is first launched on a device: all of the file at once."""
+    return cupy.RawKernel(source(), name, OPTIONS)
+
+
+def gather(table: LeafTable, base: int, rows: RowsOfLaunch, stream: Stream | None = None) -> None:
+    """Fill the batch of every leaf with the rows of its buffer."""
+    for blocks, launch in launches(table, base, rows):
+        _kernel("gather")((blocks,), (THREADS,), (launch,), stream=stream)
+
+
+def scatter(table: LeafTable, base: int, rows: RowsOfLaunch, stream: Stream | None = None) -> None:
+    """Write the batch of every leaf to the rows of its buffer."""
+    for blocks, launch in launches(table, base, rows):
+        _kernel("scatter")((blocks,), (THREADS,), (launch,), stream=stream)
+
+
+def check(
+    index: int, dtype: Any, count: int, capacity: int, rows: int, outside: int, stream: Stream | None = None
+) -> None:
+    """Write the rows that `count` integers of this dtype mean to `rows`, and what is wrong with them to `outside`.
+
+    That is two uint64, zero before: the largest row past the end, and the size of the most negative one before the
+    start.
+    """
+    arguments = (index, dtype.itemsize, int(dtype.kind == "i"), count, capacity, rows, outside)
+    _kernel("check")((blocks_for(count),), (THREADS,), arguments, stream=stream)
+
+
+def note_last_writes(rows: int, count: int, slots: int, order: int, stream: Stream | None = None) -> None:
+    """Write to `order`, for each of the rows, the position of the last value that is written to it.
+
+    `slots` is where `slots_nbytes(count)` bytes are, all of them 0xFF.
+    """
+    bits = slot_bits(count)
+    _kernel("note_rows")((blocks_for(count),), (THREADS,), (rows, count, slots, bits), stream=stream)
+    _kernel("last_writes")((blocks_for(count),), (THREADS,), (rows, count, slots, bits, order), stream=stream)
+
+
+def slots_nbytes(count: int) -> int:
+    """The bytes that `note_last_writes` needs to work in."""
+    return 16 << slot_bits(count)

@@ -1,0 +1,201 @@
+"""What the launches of kernels.cu are told: the leaf table, and which rows; and how a batch lies in one block of memory.
+
+A room of its own, apart from kernels.py, because it is plain NumPy: all of it is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "ALIGNMENT",
+    "HEADER",
+    "LANES",
+    "LAUNCH_BYTES",
+    "LEAF",
+    "THREADS",
+    "LeafTable",
+    "Packed",
+    "Record",
+    "RowsOfLaunch",
+    "blocks_for",
+    "blocks_of",
+    "launches",
+    "pack",
+    "slot_bits",
+    "travels_inside",
+    "widest_lane",
+]
+
+THREADS = 256
+"""In a block."""
+LANES = 4
+"""That a thread moves."""
+ALIGNMENT = 256
+"""Where the leaves of a batch start that lie in one block of memory: as CUDA aligns what it allocates."""
+LAUNCH_BYTES = 4096
+"""What a launch takes by value: as much as drivers before CUDA 12.1 allow."""
+
+LEAF = np.dtype(
+    [
+        ("buffer", np.uint64),
+        ("batch", np.uint64),
+        ("width", np.uint64),
+        ("step", np.uint64),
+        ("first_block", np.uint32),
+        ("lane", np.uint32),
+    ]
+)
+"""An entry of the leaf table; kernels.cu says what the fields are."""
+_ENTRY = struct.Struct("<QQQQII")
+HEADER = struct.Struct("<qQQQqqii")
+"""count, base, rows, order, start, step, leaves, inside."""
+MOST_LEAVES = (LAUNCH_BYTES - HEADER.size) // LEAF.itemsize
+"""In one launch."""
+_LAUNCH = np.dtype((np.void, LAUNCH_BYTES))
+_PADDING = bytes(LAUNCH_BYTES)
+_KEPT = 16
+"""The batch sizes whose layout is kept."""
+
+
+class RowsOfLaunch(NamedTuple):
+    """Which rows of the buffers a launch moves, and which row of the batch goes with each."""
+
+    count: int
+    rows: int = 0
+    """The address of the rows, int64 on the device; 0 for those inside the launch, or evenly spaced ones."""
+    order: int = 0
+    """The address of the rows of the batch, int64 on the device; 0 for one after the other."""
+    start: int = 0
+    step: int = 0
+    inside: bytes = b""
+    """The rows themselves, int64, where they are few enough to travel in the launch; behind them the order."""
+
+
+class LeafTable(NamedTuple):
+    """The leaf table of each launch: one, unless it is too long for one; none, if there is nothing to move."""
+
+    entries: list[bytes]
+    """Those of LEAF."""
+    blocks: list[int]
+    """That each launch takes."""
+
+    def add(self, entries: bytes, blocks: int) -> None:
+        """Add a launch."""
+        self.entries.append(entries)
+        self.blocks.append(blocks)
+
+
+class Packed(NamedTuple):
+    """Where the leaves of a batch lie in one block of memory, and the table that moves them, with its base there."""
+
+    nbytes: int
+    offsets: tuple[int, ...]
+    table: LeafTable
+
+
+class Record:
+    """The buffers of a storage, as far as moving their rows goes.
+
+    Parameters
+    ----------
+    addresses : sequence of int
+        Where each buffer starts.
+    widths : sequence of int
+        The bytes of a row of each.
+    """
+
+    def __init__(self, addresses: Sequence[int], widths: Sequence[int]) -> None:
+        self.addresses, self.widths = tuple(addresses), tuple(widths)
+        self._packed: dict[int, Packed] = {}
+
+    def packed(self, count: int) -> Packed:
+        """The layout of a batch of `count` rows in one block of memory; it is kept for the next such batch."""
+        packed = self._packed.get(count)
+        if packed is None:
+            nbytes, offsets = pack([count * width for width in self.widths])
+            packed = Packed(nbytes, offsets, self.table(offsets, self.widths, count))
+            if len(self._packed) >= _KEPT:
+                self._packed.clear()
+            self._packed[count] = packed
+        return packed
+
+    def table(self, batches: Sequence[int], steps: Sequence[int], count: int) -> LeafTable:
+        """The leaf table for `count` rows, without the leaves that have no bytes.
+
+        Parameters
+        ----------
+        batches : sequence of int
+            Where the batch of each leaf starts, or how far behind the base of the launch, a multiple of ALIGNMENT.
+        steps : sequence of int
+            The bytes from row to row of each batch: the row's own, or 0 for a single row that goes to all.
+        """
+        table = LeafTable([], [])
+        entries, leaves, blocks = b"", 0, 0
+        for buffer, batch, width, step in zip(self.addresses, batches, self.widths, steps):
+            if width == 0 or count == 0:
+                continue
+            lane = widest_lane(buffer | batch | width | step)
+            entries += _ENTRY.pack(buffer, batch, width, step, blocks, lane)
+            leaves, blocks = leaves + 1, blocks + blocks_of(width // lane, count)
+            if leaves == MOST_LEAVES:
+                table.add(entries, blocks)
+                entries, leaves, blocks = b"", 0, 0
+        if leaves:
+            table.add(entries, blocks)
+        return table
+
+
+def pack(sizes: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """The bytes of a block of memory that holds so many bytes for each leaf, and where in it each of them starts."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return end, tuple(offsets)
+
+
+def launches(table: LeafTable, base: int, rows: RowsOfLaunch) -> Iterator[tuple[int, NDArray[Any]]]:
+    """For each launch the number of its blocks and what it takes by value.
+
+    An array of size one is what CuPy passes by value (cupy #4829).
+    """
+    inside = 0 if not rows.inside else 1 if len(rows.inside) == 8 * rows.count else 3
+    for entries, blocks in zip(table.entries, table.blocks):
+        leaves = len(entries) // LEAF.itemsize
+        header = HEADER.pack(rows.count, base, rows.rows, rows.order, rows.start, rows.step, leaves, inside)
+        launch = header + entries + rows.inside
+        yield blocks, np.frombuffer(launch + _PADDING[len(launch) :], _LAUNCH)
+
+
+def travels_inside(table: LeafTable, nbytes: int) -> bool:
+    """Whether so many bytes of rows (and of an order) travel in the launch, behind the table, with nothing sent ahead."""
+    return len(table.entries) == 1 and HEADER.size + len(table.entries[0]) + nbytes <= LAUNCH_BYTES
+
+
+def widest_lane(bits: int) -> int:
+    """The largest power of two, up to 16 bytes, that divides all the addresses and lengths that were or-ed together."""
+    bits |= 16
+    return bits & -bits
+
+
+def blocks_of(lanes: int, count: int) -> int:
+    """The blocks that move `count` rows of so many lanes, as kernels.cu shares them out."""
+    if lanes >= THREADS:
+        return count * -(-lanes // (THREADS * LANES))
+    return -(-count // (THREADS // lanes * LANES))
+
+
+def blocks_for(count: int) -> int:
+    """The blocks of a kernel that has a thread for each row."""
+    return -(-count // THREADS)
+
+
+def slot_bits(count: int) -> int:
+    """For finding the last of several writes to a row: the bits of the number of slots, at least twice that of rows."""
+    return (2 * count).bit_length()

@@ -1,0 +1,116 @@
+"""What the host sends to a GPU: packed into pinned memory that is used again and again, sent in one asynchronous copy.
+
+A room of its own because it alone knows when pinned memory may be written to again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.leaf_table import Packed, pack
+
+__all__ = ["Pinned", "Staging"]
+
+_LEAST = 1 << 16
+"""The bytes of a block at first."""
+_KEPT = 64
+"""The batches whose views of a block are kept."""
+
+
+class Pinned:
+    """A block of pinned memory, and the event that tells when what was in it has been sent.
+
+    Attributes
+    ----------
+    host : array of uint8
+        The block, to be filled.
+    ptr : int
+        Its address.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = cupy.cuda.alloc_pinned_memory(nbytes)
+        self._sent = cupy.cuda.Event(disable_timing=True)
+        self._views: dict[int, tuple[Packed, list[NDArray[Any]]]] = {}
+        self.host = np.frombuffer(self._memory, np.uint8, nbytes)
+        self.ptr: int = self._memory.ptr
+
+    def views(self, packed: Packed, count: int, specs: Sequence[tuple[tuple[int, ...], Any]]) -> list[NDArray[Any]]:
+        """The leaves of a batch of so many rows, as arrays in the block."""
+        kept = self._views.get(id(packed))
+        if kept is None:
+            views = [
+                np.ndarray((count, *shape), dtype, self.host, offset)
+                for (shape, dtype), offset in zip(specs, packed.offsets)
+            ]
+            if len(self._views) >= _KEPT:
+                self._views.clear()
+            kept = self._views[id(packed)] = packed, views
+        return kept[1]
+
+    def copy_to(self, address: int, offset: int, nbytes: int) -> None:
+        """Send a part of the block to an address on the current device, on its current stream, without waiting."""
+        runtime = cupy.cuda.runtime
+        stream = cupy.cuda.get_current_stream().ptr
+        runtime.memcpyAsync(address, self.ptr + offset, nbytes, runtime.memcpyHostToDevice, stream)
+
+    def send(self, nbytes: int) -> Any:
+        """Memory of the current device's pool with the first bytes of the block, which are on their way to it."""
+        memory = cupy.cuda.alloc(nbytes)
+        self.copy_to(memory.ptr, 0, nbytes)
+        return memory
+
+    def close(self) -> None:
+        """Note that what is on its way now is all."""
+        self._sent.record()
+
+    def wait(self) -> None:
+        """Wait until all has been sent."""
+        self._sent.synchronize()
+
+
+class Staging:
+    """Two blocks of pinned memory that take turns: one is filled while what was in the other may still be on its way.
+
+    Notes
+    -----
+    Threads may share it: one fills a block at a time. A block grows to the largest batch that was sent, and is not
+    given back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: list[Pinned | None] = [None, None]
+        self._turn = 0
+
+    @contextlib.contextmanager
+    def block(self, nbytes: int) -> Iterator[Pinned]:
+        """A block of at least so many bytes, to be filled and sent before the end of the ``with``."""
+        with self._lock:
+            self._turn ^= 1
+            block = self._blocks[self._turn]
+            if block is not None:
+                block.wait()
+            if block is None or len(block.host) < nbytes:
+                block = self._blocks[self._turn] = Pinned(max(_LEAST, 1 << (nbytes - 1).bit_length()))
+            try:
+                yield block
+            finally:
+                block.close()
+
+    def send(self, arrays: Sequence[NDArray[Any]]) -> tuple[Any, tuple[int, ...]]:
+        """C-contiguous arrays, sent together: the memory on the device, and where in it each of them starts."""
+        nbytes, offsets = pack([array.nbytes for array in arrays])
+        if nbytes == 0:
+            return None, offsets
+        with self.block(nbytes) as block:
+            for array, offset in zip(arrays, offsets):
+                block.host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+            return block.send(nbytes), offsets
