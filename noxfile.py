@@ -17,6 +17,9 @@ STRICT = ["array-api-strict>=2.4"]
 CUPY = "cupy-cuda13x" if os.environ.get("ANYSTORE_CUDA") == "13" else "cupy-cuda12x"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
+TF_AGENTS = ["tf-agents==0.19.0", "tensorflow==2.15.1", "numpy==1.26.4"]
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+
 BACKENDS = {
     "numpy": ("", FOREIGN_SPECS),
     "numpy-min": ("", ["-c", "constraints-min.txt", *FOREIGN_SPECS]),
@@ -55,6 +58,28 @@ def tests(session: nox.Session, backend: str) -> None:
     if backend == "cupy" and "cupy" not in env["ANYSTORE_REQUIRE"]:
         session.warn("without ANYSTORE_REQUIRE=cupy this session passes where there is no CUDA device to test on")
     run_tests(session, WITHOUT_TENSORFLOW, **env)
+
+
+@nox.session
+def tensorflow(session: nox.Session) -> None:
+    """NumpyStorage and NumpyState with the newest TensorFlow and without TF-Agents, on every backend."""
+    install(session, *TEST, *STRICT, extra="[tensorflow,torch,jax]")
+    run_tests(
+        session,
+        "tests/test_tf.py",
+        "--doctest-modules",
+        "anystore/tf.py",
+        ANYSTORE_REQUIRE="array_api_strict,torch,jax",
+        **QUIET,
+    )
+
+
+@nox.session(python="3.11")
+def tf_agents(session: nox.Session) -> None:
+    """The same beside TF-Agents: its own classes compared with ours, its replay buffers and agents on top of ours."""
+    install(session, *TEST, *TF_AGENTS)
+    run_tests(session, "tests/test_tf.py", "tests/test_tf_agents.py", **QUIET)
+    session.run("python", "-W", "ignore", "examples/tf_agents_dqn.py", env=QUIET)
 
 
 @nox.session(python=PYTHONS, default=False)
@@ -114,7 +139,7 @@ PEERS = {
     "numpy": [],
     "torch": ["torch"],
     "jax": ["jax"],
-    "tf_agents": ["tf-agents==0.19.0", "tensorflow==2.15.1", "numpy==1.26.4"],
+    "tf_agents": TF_AGENTS,
     "torchrl": ["torch", "torchrl"],
     "cpprb": ["cpprb"],
     "flashbax": ["flashbax"],

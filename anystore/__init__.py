@@ -14,8 +14,6 @@ __all__ = [
     "ArraySpec",
     "Backend",
     "BackendInfo",
-    "NumpyState",
-    "NumpyStorage",
     "Plan",
     "Storage",
     "available_backends",
@@ -24,7 +22,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from anystore.tf import NumpyState, NumpyStorage
+    from anystore.tf import NumpyState as NumpyState
+    from anystore.tf import NumpyStorage as NumpyStorage
 
 
 def __getattr__(name: str) -> Any:

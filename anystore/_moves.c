@@ -19,6 +19,8 @@
 #define MOST_THREADS 4
 /* Below this many bytes for each, another thread costs more than it brings. */
 #define BYTES_PER_THREAD (1 << 20)
+/* What a thread takes at a time: enough to be worth the taking, few enough that none is left waiting for long. */
+#define BYTES_PER_CHUNK (1 << 18)
 /* Below this many bytes in all, other Python threads may as well wait. */
 #define BYTES_WITHOUT_GIL (1 << 15)
 
@@ -201,14 +203,20 @@ typedef struct {
     Move *moves;
     Py_ssize_t count;
     const Rows *rows;
-    npy_intp from, to; /* the rows to move */
+    npy_intp chunk; /* the rows that a thread takes at a time */
     int reading;
+    npy_intp next; /* the first row that no thread has taken yet */
 } Task;
+
+/* Rows are fetched from memory this far ahead of their turn. */
+#define AHEAD 16
 
 /* With the width known, the compiler makes loads and stores of each memcpy. */
 #define MOVE_EACH(WIDTH)                                                     \
     for (npy_intp i = from; i < to; i++) {                                   \
         char *row = move->buffer + row_at(rows, i) * (npy_intp)(WIDTH);      \
+        if (i + AHEAD < to)                                                  \
+            __builtin_prefetch(move->buffer + row_at(rows, i + AHEAD) * (npy_intp)(WIDTH), !reading); \
         char *other = move->batch + i * move->batch_step;                    \
         memcpy(reading ? other : row, reading ? row : other, (size_t)(WIDTH)); \
     }
@@ -227,11 +235,10 @@ static inline void move_each(const Move *move, const Rows *rows, npy_intp from, 
     }
 }
 
-static void *run_task(void *argument)
+static void move_some(const Task *task, npy_intp from, npy_intp to)
 {
-    const Task *task = argument;
     const Rows *rows = task->rows;
-    npy_intp from = task->from, count = task->to - task->from;
+    npy_intp count = to - from;
     for (Py_ssize_t i = 0; i < task->count; i++) {
         const Move *move = task->moves + i;
         if (move->width == 0 || count == 0)
@@ -240,12 +247,92 @@ static void *run_task(void *argument)
             char *row = move->buffer + row_at(rows, from) * move->width, *other = move->batch + from * move->width;
             memcpy(task->reading ? other : row, task->reading ? row : other, (size_t)(count * move->width));
         } else if (task->reading) {
-            move_each(move, rows, from, task->to, 1);
+            move_each(move, rows, from, to, 1);
         } else {
-            move_each(move, rows, from, task->to, 0);
+            move_each(move, rows, from, to, 0);
         }
     }
-    return NULL;
+}
+
+/* Chunk after chunk, until none is left that another thread has not taken. */
+static void work_on(Task *task)
+{
+    npy_intp count = task->rows->count, from;
+    while ((from = __atomic_fetch_add(&task->next, task->chunk, __ATOMIC_RELAXED)) < count)
+        move_some(task, from, from + task->chunk < count ? from + task->chunk : count);
+}
+
+
+/* Helpers ---------------------------------------------------------------------------------------------------------
+ *
+ * Threads that wait for a task to help with. The caller takes chunks as well and waits only for those that a helper is
+ * at, so that on a busy machine it is no later than it would be alone. One task is helped with at a time. */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t task_came = PTHREAD_COND_INITIALIZER, helpers_left = PTHREAD_COND_INITIALIZER;
+static Task *open_task = NULL;
+static unsigned long task_number = 0; /* so that a helper takes part in each task once */
+static int helping = 0, helpers = 0;
+
+static void *help(void *unused)
+{
+    unsigned long seen = 0;
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        while (open_task == NULL || task_number == seen)
+            pthread_cond_wait(&task_came, &lock);
+        Task *task = open_task;
+        seen = task_number;
+        helping++;
+        pthread_mutex_unlock(&lock);
+        work_on(task);
+        pthread_mutex_lock(&lock);
+        if (--helping == 0)
+            pthread_cond_signal(&helpers_left);
+    }
+    return unused;
+}
+
+static void start_helpers(int count)
+{
+    while (helpers < count) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, help, NULL) != 0)
+            return;
+        pthread_detach(thread);
+        helpers++;
+    }
+}
+
+/* In the child of a fork there are no helpers, and nobody is left to finish what they were at. */
+static void forget_helpers(void)
+{
+    pthread_mutex_init(&lock, NULL);
+    pthread_cond_init(&task_came, NULL);
+    pthread_cond_init(&helpers_left, NULL);
+    open_task = NULL;
+    helping = helpers = 0;
+}
+
+static void work_with_helpers(Task *task, int threads)
+{
+    pthread_mutex_lock(&lock);
+    int is_mine = open_task == NULL;
+    if (is_mine) {
+        start_helpers(threads - 1);
+        open_task = task;
+        task_number++;
+        pthread_cond_broadcast(&task_came);
+    }
+    pthread_mutex_unlock(&lock);
+    work_on(task);
+    if (!is_mine)
+        return;
+    pthread_mutex_lock(&lock);
+    open_task = NULL;
+    while (helping > 0)
+        pthread_cond_wait(&helpers_left, &lock);
+    pthread_mutex_unlock(&lock);
 }
 
 static void run_all(Move *moves, Py_ssize_t count, const Rows *rows, int reading)
@@ -253,29 +340,28 @@ static void run_all(Move *moves, Py_ssize_t count, const Rows *rows, int reading
     npy_intp bytes = 0;
     for (Py_ssize_t i = 0; i < count; i++)
         bytes += moves[i].width * rows->count;
+    Task task = {moves, count, rows, rows->count, reading, 0};
+    if (rows->count == 0)
+        return;
+    if (bytes < BYTES_WITHOUT_GIL) {
+        move_some(&task, 0, rows->count);
+        return;
+    }
     int threads = 1;
     /* Several values for one row must be written in their order. */
     if (reading || rows->index == NULL) {
-        threads = (int)(bytes / BYTES_PER_THREAD);
-        threads = threads < 1 ? 1 : threads > threads_at_hand ? threads_at_hand : threads;
+        npy_intp wanted = bytes / BYTES_PER_THREAD;
+        threads = wanted < threads_at_hand ? (int)wanted : threads_at_hand;
     }
-    Task tasks[MOST_THREADS];
-    pthread_t others[MOST_THREADS];
-    int started = 1;
-    for (int i = 0; i < threads; i++)
-        tasks[i] = (Task){moves, count, rows, rows->count * i / threads, rows->count * (i + 1) / threads, reading};
-    PyThreadState *state = bytes >= BYTES_WITHOUT_GIL ? PyEval_SaveThread() : NULL;
-    for (; started < threads; started++) {
-        if (pthread_create(&others[started], NULL, run_task, &tasks[started]) != 0)
-            break;
+    PyThreadState *state = PyEval_SaveThread();
+    if (threads > 1) {
+        npy_intp chunk = BYTES_PER_CHUNK * rows->count / bytes;
+        task.chunk = chunk > 1 ? chunk : 1;
+        work_with_helpers(&task, threads);
+    } else {
+        move_some(&task, 0, rows->count);
     }
-    run_task(&tasks[0]);
-    for (int i = 1; i < started; i++)
-        pthread_join(others[i], NULL);
-    for (int i = started; i < threads; i++)
-        run_task(&tasks[i]);
-    if (state != NULL)
-        PyEval_RestoreThread(state);
+    PyEval_RestoreThread(state);
 }
 
 static Move *new_moves(Py_ssize_t count)
@@ -619,6 +705,7 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__moves(void)
 {
     import_array();
+    pthread_atfork(NULL, NULL, forget_helpers);
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
     threads_at_hand = processors < 1 ? 1 : processors > MOST_THREADS ? MOST_THREADS : (int)processors;
     name_start = PyUnicode_InternFromString("start");

@@ -45,7 +45,7 @@ class Nest:
     Raises
     ------
     ValueError
-        If a leaf is not a spec (with its path), or there is no leaf.
+        If a leaf is not a spec (with its path), if there is no leaf, or two have the same path.
     """
 
     __slots__ = ("_flatten_up_to", "data_spec", "pack", "paths", "specs")
@@ -57,6 +57,8 @@ class Nest:
             raise ValueError(f"expected a nest with at least one ArraySpec, found {data_spec!r:.80}")
         self.specs: tuple[ArraySpec, ...] = tuple(leaves)
         self.paths: tuple[str, ...] = _paths(treespec)
+        if len(set(self.paths)) < len(self.paths):
+            raise ValueError(f"expected a path of its own for each leaf, found {_listed(sorted(self.paths))}")
         self.pack: Callable[[Iterable[Any]], Any] = treespec.unflatten
         self._flatten_up_to = treespec.flatten_up_to
 

@@ -279,6 +279,11 @@ class StorageContract:
         store.set([5, 4, 5], store.get(slice(4, 7), copy=None))
         assert_same(store.get(...), batch([0, 0, 1, 2, 4, 5, 5, 6, 7, 8]))
 
+    def test_takes_its_own_buffers(self, store: Storage) -> None:
+        store.set(..., store.buffers)
+        store.set(np.arange(CAPACITY)[::-1], store.buffers)
+        assert_same(store.get(...), batch(np.arange(CAPACITY)[::-1]))
+
     def test_takes_views_of_one_leaf_for_another(self) -> None:
         store = self.make({"a": ArraySpec((), "int32"), "b": ArraySpec((), "int32")})
         store.set(..., {"a": np.arange(CAPACITY, dtype=np.int32), "b": np.arange(CAPACITY, dtype=np.int32) + 50})

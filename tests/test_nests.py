@@ -139,6 +139,8 @@ class TestPaths:
         assert store.select("a").data_spec == {"b": {"c": Y}}
         with pytest.raises(ValueError, match="not in the spec"):
             store.select("a/")
+        with pytest.raises(ValueError, match="expected a path of its own for each leaf, found a/b, a/b"):
+            Storage({"a/b": X, "a": {"b": Y}}, 4)
 
     def test_of_several_with_their_keys(self):
         store = Storage({"a": {"b": X, "c": Y}, "d": X}, 4)

@@ -96,7 +96,6 @@ def select_backend(backend: Any = "numpy", device: Any = None) -> Backend:
     if is_array(backend):
         namespace = getattr(backend, "__array_namespace__", None)
         name = library_of(backend)
-        name = {"jaxlib": "jax"}.get(name, name)
         if name not in _KNOWN and namespace is not None:
             name = namespace().__name__
         return _open(name, _device_of(backend, name) if device is None else device)

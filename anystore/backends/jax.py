@@ -14,7 +14,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
-from anystore.rows import Rows, last_writes
+from anystore.rows import Rows, last_writes, leading_shape
 
 __all__ = ["JaxBackend"]
 
@@ -93,6 +93,8 @@ class JaxBackend(Backend):
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         arrays = [buffer.array for buffer in buffers]
+        # An array cannot be given away and read in one call.
+        leaves = [jnp.copy(leaf) if any(leaf is array for array in arrays) else leaf for leaf in leaves]
         if isinstance(rows, int):
             written = _write_slice(arrays, rows, list(leaves), 1)
         elif isinstance(rows, range) and rows.step == 1:
@@ -104,12 +106,21 @@ class JaxBackend(Backend):
         for buffer, array in zip(buffers, written):
             buffer.array = array
 
+    def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
+        lead = leading_shape(rows)
+        if not all(_fits(leaf, buffer.array, lead) for buffer, leaf in zip(buffers, leaves)):
+            return False
+        self.scatter(buffers, rows, leaves)
+        return True
+
     def from_numpy(self, array: NDArray[Any]) -> jax.Array:
         # A copy, since the device may share the memory and read it later, when its owner has changed it.
-        own: jax.Array = jax.device_put(jnp.array(array, copy=True), self._device)
+        own: jax.Array = jax.device_put(np.array(array), self._device)
         return own
 
     def move(self, array: jax.Array, dtype: Any) -> jax.Array:
+        if array.dtype == dtype and array.devices() == {self._device}:
+            return array
         moved: jax.Array = jax.device_put(array.astype(dtype), self._device)
         return moved
 
@@ -126,6 +137,14 @@ class JaxBackend(Backend):
         if "bytes_limit" not in stats:
             return None
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def _fits(leaf: Any, array: jax.Array, lead: tuple[int, ...]) -> bool:
+    """Whether the leaf can be written to the rows of a buffer without being converted or moved."""
+    if type(leaf) is not type(array) or leaf.dtype != array.dtype or leaf.sharding != array.sharding:
+        return False
+    shape: tuple[int, ...] = array.shape[1:]
+    return leaf.shape == lead + shape or leaf.shape == shape
 
 
 def _existing() -> dict[str, jax.Device]:
