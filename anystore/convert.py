@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from anystore.specs import as_dtype, is_extension
 
-__all__ = ["is_array", "library_of", "to_numpy"]
+__all__ = ["is_array", "library_of", "on_gpu", "to_numpy"]
+
+_CUDA = (2, 13)
+"""DLPack's device types of CUDA: plain and managed memory."""
 
 
 def is_array(value: Any) -> bool:
@@ -20,7 +23,15 @@ def is_array(value: Any) -> bool:
 
 def library_of(value: Any) -> str:
     """The package that the class of `value` comes from."""
-    return type(value).__module__.partition(".")[0]
+    package = type(value).__module__.partition(".")[0]
+    return "jax" if package == "jaxlib" else package
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether `value` is an array that another library can read from the memory of an NVIDIA GPU."""
+    if hasattr(value, "__dlpack_device__"):
+        return value.__dlpack_device__()[0] in _CUDA
+    return hasattr(value, "__cuda_array_interface__")
 
 
 def to_numpy(value: Any) -> NDArray[Any]:

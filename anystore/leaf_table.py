@@ -1,4 +1,4 @@
-"""What the launches of kernels.cu are told: the leaf table, and which rows; and how a batch lies in one block of memory.
+"""What the launches of kernels.cu are told, the leaf table and the rows; and how a batch lies in one block of memory.
 
 A room of its own, apart from kernels.py, because it is plain NumPy: all of it is tested where there is no GPU.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,6 @@ __all__ = [
     "launches",
     "pack",
     "slot_bits",
-    "travels_inside",
     "widest_lane",
 ]
 
@@ -63,7 +63,8 @@ _KEPT = 16
 """The batch sizes whose layout is kept."""
 
 
-class RowsOfLaunch(NamedTuple):
+@dataclass(slots=True)
+class RowsOfLaunch:
     """Which rows of the buffers a launch moves, and which row of the batch goes with each."""
 
     count: int
@@ -75,6 +76,18 @@ class RowsOfLaunch(NamedTuple):
     step: int = 0
     inside: bytes = b""
     """The rows themselves, int64, where they are few enough to travel in the launch; behind them the order."""
+
+    @classmethod
+    def spaced(cls, rows: int | range) -> RowsOfLaunch:
+        """One row, or evenly spaced ones."""
+        if isinstance(rows, int):
+            return cls(1, start=rows, step=1)
+        return cls(len(rows), start=rows.start, step=rows.step)
+
+    @classmethod
+    def carried(cls, rows: NDArray[np.intp], order: NDArray[np.intp] | None = None) -> RowsOfLaunch:
+        """Rows of the host that travel in the launch."""
+        return cls(rows.size, inside=rows.tobytes() + (b"" if order is None else order.tobytes()))
 
 
 class LeafTable(NamedTuple):
@@ -91,7 +104,8 @@ class LeafTable(NamedTuple):
         self.blocks.append(blocks)
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Packed:
     """Where the leaves of a batch lie in one block of memory, and the table that moves them, with its base there."""
 
     nbytes: int
@@ -112,7 +126,12 @@ class Record:
 
     def __init__(self, addresses: Sequence[int], widths: Sequence[int]) -> None:
         self.addresses, self.widths = tuple(addresses), tuple(widths)
+        self._room = LAUNCH_BYTES - HEADER.size - LEAF.itemsize * sum(width > 0 for width in widths)
         self._packed: dict[int, Packed] = {}
+
+    def carries(self, rows: int) -> bool:
+        """Whether so many rows and orders travel in the launch, behind the table, so that nothing is sent ahead."""
+        return 8 * rows <= self._room
 
     def packed(self, count: int) -> Packed:
         """The layout of a batch of `count` rows in one block of memory; it is kept for the next such batch."""
@@ -171,11 +190,6 @@ def launches(table: LeafTable, base: int, rows: RowsOfLaunch) -> Iterator[tuple[
         header = HEADER.pack(rows.count, base, rows.rows, rows.order, rows.start, rows.step, leaves, inside)
         launch = header + entries + rows.inside
         yield blocks, np.frombuffer(launch + _PADDING[len(launch) :], _LAUNCH)
-
-
-def travels_inside(table: LeafTable, nbytes: int) -> bool:
-    """Whether so many bytes of rows (and of an order) travel in the launch, behind the table, with nothing sent ahead."""
-    return len(table.entries) == 1 and HEADER.size + len(table.entries[0]) + nbytes <= LAUNCH_BYTES
 
 
 def widest_lane(bits: int) -> int:

@@ -5,13 +5,16 @@ Whatever the index, the rows are one of three, all of them inside the storage:
 - an ``int``: one item, without a leading axis;
 - a ``range``: a slice;
 - a C-contiguous NumPy array of ``intp``: a batch with the array's shape in front.
+
+A backend that checks rows where they live adds a fourth for itself: a C-contiguous array of its own, of int64.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Union
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +22,10 @@ from numpy.typing import NDArray
 from anystore.convert import is_array, to_numpy
 from anystore.moves import all_inside
 
-__all__ = ["Rows", "basic_index", "find_rows", "last_writes", "leading_shape"]
+if TYPE_CHECKING:
+    from anystore.backends.base import Backend
+
+__all__ = ["KnownRows", "Rows", "basic_index", "find_rows", "last_writes", "leading_shape", "out_of_range"]
 
 IndexArray = NDArray[np.intp]
 Rows = Union[int, range, IndexArray]
@@ -27,8 +33,24 @@ Rows = Union[int, range, IndexArray]
 _TAKEN = "an index is an int, a slice, integers (a list, a range, an array), a mask of the capacity's length, or ..."
 
 
-def find_rows(index: Any, capacity: int) -> Rows:
-    """The rows that `index` means in a storage of `capacity` rows.
+@dataclass(frozen=True, slots=True)
+class KnownRows:
+    """Rows that anystore drew itself, taken as an index without a check.
+
+    Attributes
+    ----------
+    rows : Rows
+        On the host, or on the device of the storage they are for.
+    capacity : int
+        That of the storage they were drawn for; one of fewer rows refuses them.
+    """
+
+    rows: Any
+    capacity: int
+
+
+def find_rows(index: Any, capacity: int, backend: Backend | None = None) -> Rows:
+    """The rows that `index` means in a storage of `capacity` rows; those on the backend's device are checked there.
 
     Raises
     ------
@@ -45,8 +67,11 @@ def find_rows(index: Any, capacity: int) -> Rows:
         return index if all_inside(index, capacity) else _from_array(index, capacity)
     if index is Ellipsis:
         return range(capacity)
+    if type(index) is KnownRows:
+        return _known(index, capacity)
     if is_array(index) and not isinstance(index, np.generic):
-        return _from_array(to_numpy(index), capacity)
+        rows = None if backend is None else backend.check_rows(index, capacity)
+        return _from_array(to_numpy(index), capacity) if rows is None else rows
     if isinstance(index, (bool, np.bool_, str, bytes, tuple)):
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__}: {index!r:.80}")
     if isinstance(index, Sequence):
@@ -80,11 +105,11 @@ def last_writes(rows: IndexArray) -> IndexArray | None:
     With ``values[last_writes(rows)]`` every write to a row writes the same value, so that the last one wins in
     whatever order a library writes. None stands for "each row is there once".
     """
-    order = np.argsort(rows, kind="stable")
-    ranked = rows[order]
-    changes = ranked[1:] != ranked[:-1]
+    ordered = np.sort(rows)
+    changes = ordered[1:] != ordered[:-1]
     if changes.all():
         return None
+    order = np.argsort(rows, kind="stable")  # which takes several times as long
     ends = np.append(np.flatnonzero(changes), rows.size - 1)  # of each run of equal rows
     last = np.empty_like(order)
     last[order] = np.repeat(order[ends], np.diff(ends, prepend=-1))
@@ -96,7 +121,19 @@ def _inside(row: int, capacity: int) -> int:
         return row
     if -capacity <= row < 0:
         return row + capacity
-    raise IndexError(f"row {row} is out of range for a capacity of {capacity}")
+    raise out_of_range(row, capacity)
+
+
+def out_of_range(row: int, capacity: int) -> IndexError:
+    """The error for a row that is not there."""
+    return IndexError(f"row {row} is out of range for a capacity of {capacity}")
+
+
+def _known(index: KnownRows, capacity: int) -> Rows:
+    if index.capacity > capacity:
+        raise IndexError(f"the rows were drawn for a capacity of {index.capacity}, and this one is {capacity}")
+    rows: Rows = index.rows
+    return rows
 
 
 def _from_slice(index: slice, capacity: int) -> range:
@@ -121,7 +158,7 @@ def _from_array(index: NDArray[Any], capacity: int) -> Rows:
     # Checked in the index's own dtype: a uint64 past the range of intp would come out negative.
     low, high = index.min(), index.max()
     if high >= capacity or low < -capacity:
-        raise IndexError(f"row {high if high >= capacity else low} is out of range for a capacity of {capacity}")
+        raise out_of_range(high if high >= capacity else low, capacity)
     rows = np.ascontiguousarray(index, np.intp)
     return rows if low >= 0 else np.where(rows < 0, rows + capacity, rows)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -16,12 +16,20 @@ from numpy.typing import NDArray
 
 from anystore.leaf_table import Packed, pack
 
-__all__ = ["Pinned", "Staging"]
+__all__ = ["Pinned", "Sent", "Staging", "copy_async"]
 
 _LEAST = 1 << 16
 """The bytes of a block at first."""
 _KEPT = 64
 """The batches whose views of a block are kept."""
+
+
+class Sent(NamedTuple):
+    """Where on the device arrays are that were sent together."""
+
+    memory: Any
+    """To be held until all that reads them has been launched."""
+    addresses: list[int]
 
 
 class Pinned:
@@ -38,33 +46,31 @@ class Pinned:
     def __init__(self, nbytes: int) -> None:
         self._memory = cupy.cuda.alloc_pinned_memory(nbytes)
         self._sent = cupy.cuda.Event(disable_timing=True)
-        self._views: dict[int, tuple[Packed, list[NDArray[Any]]]] = {}
+        self._views: dict[Packed, list[NDArray[Any]]] = {}
         self.host = np.frombuffer(self._memory, np.uint8, nbytes)
         self.ptr: int = self._memory.ptr
 
     def views(self, packed: Packed, count: int, specs: Sequence[tuple[tuple[int, ...], Any]]) -> list[NDArray[Any]]:
         """The leaves of a batch of so many rows, as arrays in the block."""
-        kept = self._views.get(id(packed))
-        if kept is None:
+        views = self._views.get(packed)
+        if views is None:
             views = [
                 np.ndarray((count, *shape), dtype, self.host, offset)
                 for (shape, dtype), offset in zip(specs, packed.offsets)
             ]
             if len(self._views) >= _KEPT:
                 self._views.clear()
-            kept = self._views[id(packed)] = packed, views
-        return kept[1]
+            self._views[packed] = views
+        return views
 
-    def copy_to(self, address: int, offset: int, nbytes: int) -> None:
-        """Send a part of the block to an address on the current device, on its current stream, without waiting."""
-        runtime = cupy.cuda.runtime
-        stream = cupy.cuda.get_current_stream().ptr
-        runtime.memcpyAsync(address, self.ptr + offset, nbytes, runtime.memcpyHostToDevice, stream)
+    def send_to(self, address: int, offset: int, nbytes: int) -> None:
+        """Send a part of the block to an address on the current device, without waiting."""
+        copy_async(address, self.ptr + offset, nbytes)
 
     def send(self, nbytes: int) -> Any:
-        """Memory of the current device's pool with the first bytes of the block, which are on their way to it."""
+        """Memory from the pool of the current device, to which the first bytes of the block are on their way."""
         memory = cupy.cuda.alloc(nbytes)
-        self.copy_to(memory.ptr, 0, nbytes)
+        self.send_to(memory.ptr, 0, nbytes)
         return memory
 
     def close(self) -> None:
@@ -105,12 +111,20 @@ class Staging:
             finally:
                 block.close()
 
-    def send(self, arrays: Sequence[NDArray[Any]]) -> tuple[Any, tuple[int, ...]]:
-        """C-contiguous arrays, sent together: the memory on the device, and where in it each of them starts."""
+    def send(self, arrays: Sequence[NDArray[Any]]) -> Sent:
+        """Send C-contiguous arrays together."""
         nbytes, offsets = pack([array.nbytes for array in arrays])
         if nbytes == 0:
-            return None, offsets
+            return Sent(None, [0] * len(arrays))
         with self.block(nbytes) as block:
             for array, offset in zip(arrays, offsets):
                 block.host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-            return block.send(nbytes), offsets
+            memory = block.send(nbytes)
+        return Sent(memory, [memory.ptr + offset for offset in offsets])
+
+
+def copy_async(target: int, source: int, nbytes: int) -> None:
+    """Copy from address to address, whatever memory they are in, on the current stream of the current device."""
+    if nbytes:
+        runtime = cupy.cuda.runtime
+        runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDefault, cupy.cuda.get_current_stream().ptr)

@@ -135,7 +135,7 @@ class Storage:
                 raise MemoryError(
                     f"{label(path)}: {needed:,} bytes cannot be allocated on {self.device}: {error}"
                 ) from error
-        return buffers
+        return self._backend.together(buffers)
 
     def get(self, idx: Any, *, copy: bool | None = True, out: Any = None) -> Any:
         """The items at `idx`.
@@ -164,7 +164,7 @@ class Storage:
             If `copy` is False and views cannot be had (an array of rows; a library of immutable arrays), or `out`
             does not fit.
         """
-        rows = find_rows(idx, self._capacity)
+        rows = find_rows(idx, self._capacity, self._backend)
         if out is not None:
             return self._get_into(rows, out, copy)
         if copy is False and not self._backend.views(rows):
@@ -194,7 +194,7 @@ class Storage:
         OverflowError
             For a Python int that does not fit its dtype.
         """
-        rows = find_rows(table_idx, self._capacity)
+        rows = find_rows(table_idx, self._capacity, self._backend)
         leaves = self._nest.flatten(value)
         if not self._backend.scatter_as_is(self._buffers, rows, leaves):
             self._backend.scatter(self._buffers, rows, self._admit(leaves, leading_shape(rows)))
@@ -289,7 +289,7 @@ class Storage:
         root, within = self._selected_from or (self, list(range(len(self._buffers))))
         selection = Storage.__new__(Storage)
         selection._attach(Nest(data_spec), self._capacity, self._backend, self._casting)
-        selection._buffers = [self._buffers[position] for position in positions]
+        selection._buffers = self._backend.together([self._buffers[position] for position in positions])
         selection._selected_from = root, [within[position] for position in positions]
         root._selections.add(selection)
         return selection
@@ -315,7 +315,8 @@ class Storage:
         self._buffers, self._capacity = buffers, capacity
         for selection in self._selections:
             _, positions = selection._selected_from  # type: ignore[misc]
-            selection._buffers, selection._capacity = [buffers[position] for position in positions], capacity
+            selection._buffers = self._backend.together([buffers[position] for position in positions])
+            selection._capacity = capacity
 
     def _plan(self, capacity: int) -> Plan:
         return Plan(capacity, dict(zip(self._nest.paths, self._nest.specs)))

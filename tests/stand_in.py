@@ -1,22 +1,34 @@
-"""A stand-in for CuPy on NumPy memory: as much of it as the CuPy backend calls, with CuPy's own strictness.
+"""A stand-in for CuPy on NumPy memory: as much of it as anystore calls, with CuPy's own strictness.
 
-It lets the contract run the backend's Python where there is no GPU. What it cannot show is that CuPy itself does
-what is expected of it here; for that the same contract runs on a GPU.
+It lets the contract run the backend's Python where there is no GPU. What runs on a stream runs late, when somebody waits
+for it, so that memory that is used again too early shows; kernels run as `tests.reference` on the very arguments of
+their launch, or as kernels.cu itself, by `tests.emulator`. What all this cannot show is that CuPy and CUDA do what is
+expected of them here; for that the same contract runs on a GPU.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import ctypes
 import importlib
 import importlib.machinery
+import math
 import sys
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat
 import numpy as np
 
 import anystore.backends
+from anystore.leaf_table import HEADER, THREADS
+from tests import reference
+
+MODULES = ("anystore.backends.cupy", "anystore.kernels", "anystore.staging")
+"""Those that import CuPy."""
 
 
 class Device:
@@ -42,113 +54,363 @@ class Device:
         return isinstance(other, Device) and other.id == self.id
 
 
+# Streams: what is put on one runs when it is waited for. ------------------------------------------------------------
+
+
+class Stream:
+    """A queue of work of one device."""
+
+    streams: list[Stream] = []  # noqa: RUF012
+    held: list[Any] = []  # noqa: RUF012
+    """Memory that work still to be done may use: a pool gives it to nobody else as long."""
+
+    def __init__(self, device: int | None = None) -> None:
+        self.device_id = Device.current if device is None else device
+        self.ptr = len(Stream.streams)
+        self.work: list[Callable[[], object]] = []
+        self.done = 0
+        Stream.streams.append(self)
+
+    def put(self, work: Callable[[], object]) -> None:
+        self.work.append(work)
+
+    def run(self, until: int | None = None) -> None:
+        """Do the work up to a point."""
+        until = len(self.work) if until is None else until
+        while self.done < until:
+            self.done += 1
+            self.work[self.done - 1]()
+        if all(stream.done == len(stream.work) for stream in Stream.streams):
+            Stream.held.clear()
+
+    synchronize = run
+
+    def record(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        at = event.at
+        assert at is not None
+        self.put(lambda: at[0].run(at[1]))
+
+    def __enter__(self) -> Stream:
+        assert self.device_id == Device.current
+        _current[self.device_id].append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _current[self.device_id].pop()
+
+
+class Event:
+    """A point of a stream."""
+
+    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        self.at: tuple[Stream, int] | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or get_current_stream()
+        self.at = stream, len(stream.work)
+
+    def synchronize(self) -> None:
+        if self.at is not None:
+            self.at[0].run(self.at[1])
+
+
+_current = [[Stream(0)], [Stream(1)]]
+
+
+def get_current_stream() -> Stream:
+    return _current[Device.current][-1]
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+
+class MemoryPointer:
+    """A place in memory of the device that was current when it was allocated."""
+
+    known: list[tuple[int, int, int, weakref.ref[Any]]] = []  # noqa: RUF012
+    """Start, end and device of all there is."""
+
+    def __init__(self, nbytes: int) -> None:
+        assert nbytes > 0
+        self.memory = np.full(nbytes + 512, 0xA5, np.uint8)
+        self.offset = -self.memory.ctypes.data % 512
+        self.ptr = self.memory.ctypes.data + self.offset
+        self.device_id = Device.current
+        MemoryPointer.known = [entry for entry in MemoryPointer.known if entry[3]() is not None]
+        bisect.insort(
+            MemoryPointer.known,
+            (self.ptr, self.ptr + nbytes, self.device_id, weakref.ref(self.memory)),
+            key=lambda entry: entry[0],
+        )
+        Stream.held.append(self.memory)
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        other = MemoryPointer.__new__(MemoryPointer)
+        other.memory, other.device_id = self.memory, self.device_id
+        other.offset, other.ptr = self.offset + offset, self.ptr + offset
+        return other
+
+    def memset_async(self, value: int, nbytes: int) -> None:
+        ptr = self.ptr
+        assert device_of(ptr, nbytes) == Device.current
+        get_current_stream().put(lambda: ctypes.memset(ptr, value, nbytes))
+
+
+def device_of(address: int, nbytes: int) -> int | None:
+    """The device whose memory these bytes are, all of them; None for main memory."""
+    place = bisect.bisect_right(MemoryPointer.known, address, key=lambda entry: entry[0]) - 1
+    if place < 0:
+        return None
+    start, end, device, memory = MemoryPointer.known[place]
+    if memory() is None or address >= end:
+        return None
+    assert start <= address <= address + nbytes <= end, "past the end of an allocation"
+    return device
+
+
+class Pinned(np.ndarray):  # type: ignore[type-arg]
+    """Pinned memory: something with an address that NumPy can use the memory of."""
+
+    @property
+    def ptr(self) -> int:
+        return self.ctypes.data
+
+
+def alloc_pinned_memory(nbytes: int) -> Pinned:
+    memory = np.full(nbytes, 0x5A, np.uint8)
+    Stream.held.append(memory)
+    return memory.view(Pinned)
+
+
+class Log:
+    """What was put on streams since it was cleared: the names of kernels, and "copy"."""
+
+    entries: list[str] = []  # noqa: RUF012
+
+
+def memcpy_async(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+    assert kind == 4, "cudaMemcpyDefault"
+    assert stream == get_current_stream().ptr, "not the current stream"
+    for address in (target, source):
+        assert device_of(address, nbytes) in (None, Device.current)
+    Log.entries.append("copy")
+    get_current_stream().put(lambda: ctypes.memmove(target, source, nbytes))
+
+
+# Kernels ------------------------------------------------------------------------------------------------------------
+
+
+def by_reference(name: str, blocks: int, *arguments: Any) -> None:
+    reference.KERNELS[name](blocks, *arguments)
+
+
+class RawKernel:
+    """A kernel by name; `run` does its work."""
+
+    run = staticmethod(by_reference)
+    compiled: list[str] = []  # noqa: RUF012
+
+    def __init__(self, code: str, name: str, options: tuple[str, ...] = ()) -> None:
+        assert f"\n{name}(" in code.replace("void __launch_bounds__(THREADS) ", "\n")
+        assert isinstance(options, tuple)
+        self.name = name
+        RawKernel.compiled.append(name)
+
+    def __call__(self, grid: Any, block: Any, arguments: Any, *, stream: Any = None) -> None:
+        assert block == (THREADS,)
+        (blocks,) = grid
+        assert type(blocks) is int
+        assert 0 < blocks < 2**31
+        # By value: what becomes of the caller's own afterwards does not matter.
+        taken = [argument.copy() if isinstance(argument, np.ndarray) else argument for argument in arguments]
+        for argument in taken:
+            if isinstance(argument, np.ndarray):
+                assert argument.size == 1
+                _check_addresses(argument)
+            else:
+                assert type(argument) is int
+        Log.entries.append(self.name)
+        on = get_current_stream() if stream is None else Stream.streams[stream.ptr]
+        assert on.device_id == Device.current
+        on.put(lambda: RawKernel.run(self.name, blocks, *taken))
+
+
+def _check_addresses(launch: Any) -> None:
+    """All that a launch reads and writes is memory of the current device."""
+    count, base, rows, order, *_ = HEADER.unpack_from(launch.tobytes())
+    for leaf in reference.leaves_of(launch).tolist():
+        buffer, batch, width, step = leaf[:4]
+        assert device_of(buffer, width) == Device.current
+        assert device_of(base + batch, step * (count - 1) + width) == Device.current
+    for address in (rows, order):
+        assert not address or device_of(address, 8 * count) == Device.current
+
+
+# Arrays -------------------------------------------------------------------------------------------------------------
+
+
 class ndarray:  # noqa: N801  # CuPy's name
     """An array that is not NumPy's: it is neither read as one nor mixed with one in silence."""
 
-    def __init__(self, host: Any) -> None:
-        self._host = host
-        self.device = Device()
+    def __init__(self, shape: Any, dtype: Any = float, memptr: MemoryPointer | None = None) -> None:
+        shape, dtype = (shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        self._data = MemoryPointer(max(nbytes, 1)) if memptr is None else memptr
+        self._array = np.ndarray(shape, dtype, self._data.memory, self._data.offset)
+
+    @classmethod
+    def _view(cls, array: Any, data: MemoryPointer) -> ndarray:
+        view = cls.__new__(cls)
+        view._array, view._data = array, data
+        return view
+
+    @property
+    def _host(self) -> Any:
+        """The memory, when the current stream of its device has done its work."""
+        _current[self._data.device_id][-1].run()
+        return self._array
+
+    @property
+    def data(self) -> MemoryPointer:
+        return self._data + (self._array.ctypes.data - self._data.ptr if self._array.size else 0)
 
     def _check_device(self) -> None:
-        assert self.device.id == Device.current, "the current device is not the array's own"
+        assert self._data.device_id == Device.current, "the current device is not the array's own"
 
-    shape = property(lambda self: self._host.shape)
-    dtype = property(lambda self: self._host.dtype)
-    ndim = property(lambda self: self._host.ndim)
-    size = property(lambda self: self._host.size)
-    flags = property(lambda self: self._host.flags)
+    device = property(lambda self: Device(self._data.device_id))
+    shape = property(lambda self: self._array.shape)
+    dtype = property(lambda self: self._array.dtype)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+    nbytes = property(lambda self: self._array.nbytes)
+    flags = property(lambda self: self._array.flags)
 
     def get(self) -> Any:
         return self._host.copy()
 
     def copy(self) -> ndarray:
-        self._check_device()
-        return ndarray(self._host.copy())
+        """A copy on the current device, on its current stream."""
+        if self._data.device_id != Device.current:
+            assert self._array.flags.c_contiguous, "CuPy makes it so on a stream of the other device"
+            get_current_stream().run()
+            return _filled(self._array)
+        return _filled(self._host)
+
+    def view(self, dtype: Any) -> ndarray:
+        return ndarray._view(self._array.view(dtype), self._data)
 
     def reshape(self, shape: Any) -> ndarray:
-        return ndarray(self._host.reshape(shape))
+        return ndarray._view(self._array.reshape(shape), self._data)
 
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:
-        return ndarray(self._host.astype(dtype, copy=copy))
+        self._check_device()
+        return self if not copy and self.dtype == dtype else _filled(self._host.astype(dtype))
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self._data.device_id
+
     def __getitem__(self, index: Any) -> ndarray:
-        found = self._host[_rows(index)]
-        return ndarray(found if isinstance(found, np.ndarray) else np.array(found))
+        assert isinstance(index, tuple)
+        assert all(isinstance(part, (int, slice, type(...))) for part in index)
+        return ndarray._view(self._array[index], self._data)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._check_device()
         assert isinstance(value, ndarray), "CuPy takes no NumPy array here"
-        rows = _rows(index)
-        assert (
-            not isinstance(rows, np.ndarray)
-            or len(np.unique(rows)) == rows.size
-            or (value.ndim < self.ndim or _equal_writes(rows, value._host))
-        )
-        self._host[rows] = value._host
+        assert index is ...
+        self._host[...] = value._host
 
 
-def _equal_writes(rows: Any, values: Any) -> bool:
-    """Whether all values for a row are the same, without which the outcome is undefined."""
-    return all((values[rows == row] == values[rows == row][0]).all() for row in rows)
-
-
-def _rows(index: Any) -> Any:
-    if isinstance(index, ndarray):
-        return index._host
-    assert not isinstance(index, np.ndarray)
-    return index
+def _filled(array: Any) -> ndarray:
+    new = ndarray(array.shape, array.dtype)
+    new._array[...] = array
+    return new
 
 
 def asarray(value: Any, dtype: Any = None) -> ndarray:
     if isinstance(value, ndarray):
-        same = value.device.id == Device.current and dtype in (None, value.dtype)
-        return value if same else ndarray(value._host.astype(dtype or value.dtype))
-    return ndarray(np.array(value, dtype))
+        return value.astype(dtype or value.dtype, copy=False) if value.device == Device() else value.copy()
+    return _filled(np.array(value, dtype))
 
 
-def take(array: ndarray, rows: ndarray, axis: int, out: ndarray | None = None) -> ndarray:
-    array._check_device()
-    # CuPy wraps what is out of range; nothing that is may come this far.
-    assert rows.size == 0 or (rows._host.min() >= 0 and rows._host.max() < array.shape[0])
-    if out is None:
-        return ndarray(np.take(array._host, rows._host, axis))
-    out._host[...] = np.take(array._host, rows._host, axis)
-    return out
+def ascontiguousarray(array: ndarray) -> ndarray:
+    return array if array.flags.c_contiguous else array.copy()
+
+
+def from_dlpack(array: Any) -> ndarray:
+    """Of an array that says it is on a GPU; `handed_over` is the stand-in's own array behind it."""
+    kind, device = array.__dlpack_device__()
+    assert kind == 2
+    with Device(device):
+        taken: ndarray = array.__dlpack__(stream=get_current_stream().ptr)
+    return taken
 
 
 def module() -> types.ModuleType:
     """What ``import cupy`` finds."""
     cupy = types.ModuleType("cupy")
-    cupy.ndarray, cupy.asarray, cupy.take = ndarray, asarray, take  # type: ignore[attr-defined]
-    cupy.zeros = lambda shape, dtype: ndarray(np.zeros(shape, dtype))  # type: ignore[attr-defined]
-    cupy.zeros_like = lambda array: ndarray(np.zeros_like(array._host))  # type: ignore[attr-defined]
-    cupy.may_share_memory = lambda a, b: np.may_share_memory(a._host, b._host)  # type: ignore[attr-defined]
-    cupy.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 0)  # type: ignore[attr-defined]
-    cupy.cuda = types.SimpleNamespace(  # type: ignore[attr-defined]
-        Device=Device,
-        is_available=lambda: True,
-        runtime=types.SimpleNamespace(getDeviceCount=lambda: 2),
+    cupy.__dict__.update(
+        ndarray=ndarray,
+        asarray=asarray,
+        ascontiguousarray=ascontiguousarray,
+        empty=ndarray,
+        zeros=lambda shape, dtype: _filled(np.zeros(shape, dtype)),
+        zeros_like=lambda array: _filled(np.zeros(array.shape, array.dtype)),
+        flatnonzero=lambda array: _filled(np.flatnonzero(array._host)),
+        from_dlpack=from_dlpack,
+        RawKernel=RawKernel,
+        get_default_memory_pool=lambda: types.SimpleNamespace(free_bytes=lambda: 0),
+        cuda=types.SimpleNamespace(
+            Device=Device,
+            Stream=Stream,
+            Event=Event,
+            get_current_stream=get_current_stream,
+            alloc=MemoryPointer,
+            alloc_pinned_memory=alloc_pinned_memory,
+            is_available=lambda: True,
+            runtime=types.SimpleNamespace(getDeviceCount=lambda: 2, memcpyAsync=memcpy_async, memcpyDefault=4),
+        ),
+        __version__="stand-in",
+        __spec__=importlib.machinery.ModuleSpec("cupy", None),
     )
-    cupy.__version__ = "stand-in"
-    cupy.__spec__ = importlib.machinery.ModuleSpec("cupy", None)
     ndarray.__module__ = "cupy"
     return cupy
 
 
 @contextlib.contextmanager
-def installed(monkeypatch: Any) -> Any:
-    """Within, "cupy" names a backend on the stand-in."""
+def installed(monkeypatch: Any, run: Any = by_reference) -> Any:
+    """Within, "cupy" names a backend on the stand-in, whose kernels `run` runs."""
     cupy = module()
     compat = types.ModuleType("array_api_compat.cupy")
     compat.__dict__.update({name: value for name, value in vars(cupy).items() if not name.startswith("__")})
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "array_api_compat.cupy", compat)
     monkeypatch.setattr(array_api_compat, "cupy", compat, raising=False)
-    monkeypatch.delitem(sys.modules, "anystore.backends.cupy", raising=False)
+    monkeypatch.setattr(RawKernel, "run", staticmethod(run))
     monkeypatch.setattr(anystore.backends, "_shared", {})
+    before = {name: sys.modules.get(name) for name in MODULES}
+    _put(dict.fromkeys(MODULES))
+    Log.entries.clear()
     importlib.import_module("anystore.backends.cupy")
     yield cupy
-    sys.modules.pop("anystore.backends.cupy")
+    _put(before)
+
+
+def _put(modules: dict[str, types.ModuleType | None]) -> None:
+    """Have these modules imported, or not, as far as Python can tell."""
+    for name, module in modules.items():
+        package, _, child = name.rpartition(".")
+        if module is None:
+            sys.modules.pop(name, None)
+            vars(sys.modules[package]).pop(child, None)
+        else:
+            sys.modules[name] = module
+            setattr(sys.modules[package], child, module)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
-from anystore import moves, rows
+from anystore import backends, moves, rows
 from tests import stand_in
 from tests.contract import StorageContract
 from tests.test_moves import plain_moves
@@ -34,6 +36,16 @@ class TestTorch(StorageContract):
     backward_views = False
     dtypes = (*ALL, "uint16", "uint32", "uint64", "float16", "complex64", "complex128", *EXTENSIONS)
     no_dtypes = (">i4", "M8[ns]")
+
+
+class TestTorchAsOnADevice(TestTorch):
+    """With torch's own operations, as on a GPU, but on the CPU."""
+
+    @pytest.fixture(autouse=True)
+    def _opened(self, monkeypatch):
+        backend = importlib.import_module("anystore.backends.torch")
+        monkeypatch.setattr(backend, "TorchHostBackend", backend.TorchBackend)
+        monkeypatch.setattr(backends, "_shared", {})
 
 
 @pytest.mark.gpu

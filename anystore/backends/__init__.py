@@ -163,7 +163,7 @@ def _make(name: str, device: Any) -> Backend:
         raise ValueError(f"unknown backend {name!r}; there are: auto, {', '.join(_KNOWN)}")
     if name not in _KNOWN or _KNOWN[name].backend == "GenericBackend":
         return GenericBackend(_import(name), device)
-    backend: Backend = _class_of(name)(device)
+    backend: Backend = _class_of(name).open(device)
     return backend
 
 

@@ -49,6 +49,11 @@ class Backend(ABC):
     has_views: bool = True
     """Whether memory can be shared with what `gather` returns."""
 
+    @classmethod
+    def open(cls, device: Any = None) -> Backend:
+        """The backend for a device as the user names it; None stands for the library's default."""
+        return cls(device)  # type: ignore[call-arg]  # the constructors that take a device
+
     @property
     @abstractmethod
     def xp(self) -> ModuleType:
@@ -72,6 +77,20 @@ class Backend(ABC):
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """A buffer of zeros, with memory committed only as rows are written wherever the device allows it."""
+
+    def together(self, buffers: list[Buffer]) -> list[Buffer]:
+        """The buffers of one storage as the other methods take them: with whatever is to be known of them all."""
+        return buffers
+
+    def check_rows(self, index: Array, capacity: int) -> Rows | None:
+        """The rows that an index array means, checked where it lives; None for one that is to be read into NumPy.
+
+        Raises
+        ------
+        IndexError
+            If a row is out of range.
+        """
+        return None
 
     @abstractmethod
     def gather(self, buffers: Sequence[Buffer], rows: Rows, copy: bool | None) -> list[Array]:
@@ -101,7 +120,10 @@ class Backend(ABC):
         """An array of the library, whatever its device and dtype, on this device and in this native dtype."""
 
     def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
-        """`value`, an array of any library, as one of this library, on this device and in this dtype."""
+        """`value`, an array of any library, in this dtype and as `scatter` takes it: of this library, on this device.
+
+        A backend whose `scatter` sends several leaves at once takes NumPy arrays there as well, and keeps them here.
+        """
         if library_of(value) == self.library:
             return self.move(value, self.native_dtype(dtype))
         return self.from_numpy(to_numpy(value).astype(dtype, copy=False))

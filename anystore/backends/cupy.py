@@ -1,7 +1,8 @@
-"""CuPy, on an NVIDIA GPU."""
+"""CuPy, on an NVIDIA GPU: the rows of all leaves are moved by one launch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -11,11 +12,37 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore import kernels, moves
 from anystore.backends.base import Array, Backend, no_dtype, parse_device, resolve_device
-from anystore.rows import Rows, basic_index, last_writes
-from anystore.specs import is_extension
+from anystore.convert import library_of, on_gpu, to_numpy
+from anystore.leaf_table import LeafTable, Record, RowsOfLaunch
+from anystore.rows import Rows, basic_index, last_writes, leading_shape, out_of_range
+from anystore.specs import as_dtype, is_extension
+from anystore.staging import Staging, copy_async
 
 __all__ = ["CupyBackend"]
+
+_COPIES = 8
+"""Up to so many leaves, rows that lie side by side are written by a plain copy of each; more leaves by one launch."""
+_STAGED = 1 << 28
+"""The most bytes that are packed into pinned memory at once."""
+_NUMBERS = (bool, int, float, np.generic)
+
+
+class _Together(list[Array]):
+    """The buffers of one storage, with what every call needs to know of them."""
+
+    def __init__(self, buffers: Sequence[Array]) -> None:
+        super().__init__(buffers)
+        self.specs = [(buffer.shape[1:], buffer.dtype) for buffer in buffers]
+        widths = [math.prod(shape) * dtype.itemsize for shape, dtype in self.specs]
+        self.record = Record([buffer.data.ptr for buffer in buffers], widths)
+        self._spans = [(buffer.data.ptr, buffer.data.ptr + buffer.nbytes) for buffer in buffers]
+
+    def overlaps(self, leaf: Array) -> bool:
+        """Whether a C-contiguous leaf shares memory with a buffer."""
+        start, end = leaf.data.ptr, leaf.data.ptr + leaf.nbytes
+        return any(start < last and first < end for first, last in self._spans)
 
 
 class CupyBackend(Backend):
@@ -23,7 +50,16 @@ class CupyBackend(Backend):
 
     Notes
     -----
-    Everything runs on CuPy's current stream, under the store's own device whatever the current one is.
+    Everything runs on CuPy's current stream of the store's own device, whatever device is the current one, and `get`
+    and `set` return before it is done. They wait for one thing only: rows that live on a GPU are checked there, which
+    takes a synchronisation.
+
+    The leaves that `get` returns lie in one allocation, which is given back when the last of them is gone.
+
+    Host values have been copied when `set` returns. Values on a GPU are read in place, later: whoever changes one on
+    another stream than that on which it was stored lets that stream wait for the other first. The same is owed by
+    those who use one storage on several streams, from one thread or several: each stream waits for the last that
+    wrote. What comes from another device, or by DLPack, is ordered by events here.
     """
 
     name = library = "cupy"
@@ -39,6 +75,7 @@ class CupyBackend(Backend):
         self.device = resolve_device(str(device), devices, "CuPy")
         # array-api-compat lets CuPy's creation functions ignore device= (array-api-compat #337).
         self._device = cupy.cuda.Device(parse_device(self.device)[1])
+        self._staging = Staging()
 
     @property
     def xp(self) -> ModuleType:
@@ -60,40 +97,132 @@ class CupyBackend(Backend):
         with self._device:
             return cupy.zeros(shape, dtype)
 
+    def together(self, buffers: Sequence[Array]) -> _Together:
+        return buffers if isinstance(buffers, _Together) else _Together(buffers)
+
     def gather(self, buffers: Sequence[Array], rows: Rows, copy: bool | None) -> list[Array]:
+        if not copy and isinstance(rows, (int, range)):
+            index = basic_index(rows)
+            return [buffer[index] for buffer in buffers]
+        together, lead = self.together(buffers), leading_shape(rows)
+        packed = together.record.packed(math.prod(lead))
         with self._device:
-            if isinstance(rows, np.ndarray):
-                index = cupy.asarray(rows)
-                return [cupy.take(buffer, index, axis=0) for buffer in buffers]
-            views = [buffer[basic_index(rows)] for buffer in buffers]
-            return [view.copy() for view in views] if copy else views
+            memory = cupy.cuda.alloc(max(packed.nbytes, 1))
+            self._gather(together.record, packed.table, memory.ptr, rows)
+            return [
+                cupy.ndarray(lead + shape, dtype, memory + offset)
+                for (shape, dtype), offset in zip(together.specs, packed.offsets)
+            ]
 
     def gather_into(self, buffers: Sequence[Array], rows: Rows, out: Sequence[Array]) -> None:
+        record, count = self.together(buffers).record, math.prod(leading_shape(rows))
         with self._device:
-            index = cupy.asarray(rows) if isinstance(rows, np.ndarray) else basic_index(rows)
-            for buffer, array in zip(buffers, out):
-                if isinstance(rows, np.ndarray) and array.flags.c_contiguous:
-                    cupy.take(buffer, index, axis=0, out=array)
-                else:
-                    array[...] = buffer[index]
+            filled = [array if array.flags.c_contiguous else cupy.empty(array.shape, array.dtype) for array in out]
+            table = record.table([array.data.ptr for array in filled], record.widths, count)
+            self._gather(record, table, 0, rows)
+            for source, array in zip(filled, out):
+                if source is not array:
+                    array[...] = source
+
+    def _gather(self, record: Record, table: LeafTable, base: int, rows: Rows) -> None:
+        sent = self._staging.send(_ahead(record, rows, None))
+        kernels.gather(table, base, _of_launch(rows, None, *sent.addresses))
+
+    def check_rows(self, index: Any, capacity: int) -> Rows | None:
+        if index.ndim == 0 or not (isinstance(index, cupy.ndarray) or on_gpu(index)):
+            return None
+        with self._device:
+            index = self._own(index)
+            if index.dtype == np.bool_ and index.shape == (capacity,):
+                rows: Rows = cupy.flatnonzero(index).astype(np.int64, copy=False)
+                return rows
+            if index.dtype.kind not in "iu" or index.size == 0:
+                return None
+            return self._check(cupy.ascontiguousarray(index), capacity)
+
+    def _check(self, index: Array, capacity: int) -> Rows:
+        rows, outside = cupy.empty(index.shape, np.int64), cupy.zeros(2, np.uint64)
+        kernels.check(index.data.ptr, index.dtype, index.size, capacity, rows.data.ptr, outside.data.ptr)
+        past, before = outside.get().tolist()  # the one synchronisation
+        if past or before:
+            raise out_of_range(past or -before, capacity)
+        checked: Rows = rows
+        return checked
+
+    def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
+        """Write a whole batch that is on the host: checked and packed in one go, sent in one copy."""
+        together, lead = self.together(buffers), leading_shape(rows)
+        record, count = together.record, math.prod(lead)
+        packed = record.packed(count)
+        if packed.nbytes > _STAGED or not all(
+            _is_batch(leaf, spec, lead) for leaf, spec in zip(leaves, together.specs)
+        ):
+            return False
+        with self._device:
+            order = self._order(rows)
+            ahead = _ahead(record, rows, order)
+            nbytes = packed.nbytes + sum(array.nbytes for array in ahead)
+            with self._staging.block(nbytes) as block:
+                if not moves.scatter(block.views(packed, count, together.specs), _places(lead), list(leaves)):
+                    return False
+                if packed.nbytes == 0:
+                    return True
+                first = _first_of_run(rows)
+                if first is not None and len(leaves) <= _COPIES:
+                    for address, width, offset in zip(record.addresses, record.widths, packed.offsets):
+                        block.send_to(address + first * width, offset, count * width)
+                    return True
+                for array in ahead:
+                    block.host[packed.nbytes : nbytes] = array.view(np.uint8)
+                memory = block.send(nbytes)
+            kernels.scatter(
+                packed.table, memory.ptr, _of_launch(rows, order, *(memory.ptr + packed.nbytes for _ in ahead))
+            )
+        return True
 
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
+        """Write a leaf to the rows of each buffer; those that are NumPy arrays are sent in one copy."""
+        together, lead = self.together(buffers), leading_shape(rows)
+        record, count = together.record, math.prod(lead)
+        if count == 0:
+            return
         with self._device:
-            leaves = [
-                leaf.copy() if any(cupy.may_share_memory(leaf, buffer) for buffer in buffers) else leaf
-                for leaf in leaves
-            ]
-            if not isinstance(rows, np.ndarray):
-                for buffer, leaf in zip(buffers, leaves):
-                    buffer[basic_index(rows)] = leaf
+            order = self._order(rows)
+            here = [None if isinstance(leaf, np.ndarray) else self._apart(leaf, together) for leaf in leaves]
+            host = [np.ascontiguousarray(leaf) for leaf in leaves if isinstance(leaf, np.ndarray)]
+            sent = self._staging.send([*host, *_ahead(record, rows, order)])
+            places = iter(sent.addresses)
+            batches = [next(places) if leaf is None else leaf.data.ptr for leaf in here]
+            full = [leaf.ndim == len(lead) + len(shape) for leaf, (shape, _) in zip(leaves, together.specs)]
+            first = _first_of_run(rows)
+            if first is not None and len(leaves) <= _COPIES and (count == 1 or all(full)):
+                for address, width, batch in zip(record.addresses, record.widths, batches):
+                    copy_async(address + first * width, batch, count * width)
                 return
-            index = cupy.asarray(rows.reshape(-1))
-            last = last_writes(rows.reshape(-1))
-            for buffer, leaf in zip(buffers, leaves):
-                if leaf.ndim == buffer.ndim - 1 + rows.ndim:
-                    leaf = leaf.reshape((rows.size, *buffer.shape[1:]))
-                    leaf = leaf if last is None else leaf[cupy.asarray(last)]
-                buffer[index] = leaf
+            steps = [width if whole else 0 for width, whole in zip(record.widths, full)]
+            kernels.scatter(record.table(batches, steps, count), 0, _of_launch(rows, order, *places))
+
+    def _apart(self, leaf: Array, together: _Together) -> Array:
+        """A leaf that can be read while the buffers are written to."""
+        leaf = cupy.ascontiguousarray(leaf)
+        return leaf.copy() if together.overlaps(leaf) else leaf
+
+    def _order(self, rows: Rows) -> Array | None:
+        """For each row the last of its values, where the rows are; None where each is there once."""
+        if isinstance(rows, np.ndarray):
+            return last_writes(rows.reshape(-1))
+        if isinstance(rows, (int, range)) or rows.size < 2:
+            return None
+        slots, order = cupy.cuda.alloc(kernels.slots_nbytes(rows.size)), cupy.empty(rows.size, np.int64)
+        slots.memset_async(0xFF, kernels.slots_nbytes(rows.size))
+        kernels.note_last_writes(rows.data.ptr, rows.size, slots.ptr, order.data.ptr)
+        return order
+
+    def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
+        if isinstance(value, cupy.ndarray) or on_gpu(value):
+            return self.move(value, dtype)
+        array = to_numpy(value).astype(dtype, copy=False)
+        return array if array.nbytes <= _STAGED else self.from_numpy(array)
 
     def from_numpy(self, array: NDArray[Any]) -> Array:
         with self._device:
@@ -101,7 +230,23 @@ class CupyBackend(Backend):
 
     def move(self, array: Array, dtype: np.dtype[Any]) -> Array:
         with self._device:
-            return cupy.asarray(array, dtype)
+            return self._own(array).astype(dtype, copy=False)
+
+    def _own(self, array: Any) -> Array:
+        """An array on a GPU, of whatever library, as one of CuPy on this device; it is the current one."""
+        if not isinstance(array, cupy.ndarray):
+            array = _taken_over(array)
+        if array.device == self._device:
+            return array
+        here, there = cupy.cuda.get_current_stream(), array.device
+        with there:
+            array = array if array.flags.c_contiguous else cupy.ascontiguousarray(array)
+            here.wait_event(cupy.cuda.get_current_stream().record())
+        copy = array.copy()  # made on the current device, whatever that of the array
+        copied = here.record()
+        with there:  # whose memory may be written to, or given back, only then
+            cupy.cuda.get_current_stream().wait_event(copied)
+        return copy
 
     def writable(self, array: Any) -> bool:
         return isinstance(array, cupy.ndarray) and array.device.id == self._device.id
@@ -109,3 +254,51 @@ class CupyBackend(Backend):
     def free_memory(self) -> int | None:
         with self._device:
             return int(self._device.mem_info[0] + cupy.get_default_memory_pool().free_bytes())
+
+
+def _taken_over(array: Any) -> Array:
+    """An array of another library, in place."""
+    if library_of(array) == "torch":
+        array = array.detach().resolve_conj().resolve_neg()
+    dtype = as_dtype(array.dtype)
+    taken = cupy.from_dlpack(array) if hasattr(array, "__dlpack__") else cupy.asarray(array)
+    return taken if taken.dtype == dtype else taken.view(dtype)  # some export bool as uint8
+
+
+def _is_batch(leaf: Any, spec: tuple[tuple[int, ...], Any], lead: tuple[int, ...]) -> bool:
+    """Whether a leaf may be a whole batch on the host: an array of the right shape, or a number for a single row."""
+    if type(leaf) is np.ndarray:
+        return bool(leaf.shape == lead + spec[0])
+    return not lead and isinstance(leaf, _NUMBERS)
+
+
+def _places(lead: tuple[int, ...]) -> Any:
+    """All rows of a batch with these axes in front, one after the other."""
+    count = math.prod(lead)
+    return 0 if not lead else range(count) if len(lead) == 1 else np.arange(count, dtype=np.intp).reshape(lead)
+
+
+def _first_of_run(rows: Rows) -> int | None:
+    """The first of rows that lie side by side; None for any others."""
+    if isinstance(rows, int):
+        return rows
+    return rows.start if isinstance(rows, range) and (rows.step == 1 or len(rows) == 1) else None
+
+
+def _ahead(record: Record, rows: Rows, order: Any) -> list[NDArray[Any]]:
+    """What is sent ahead of a launch: rows of the host that it has no room for, with their order behind them."""
+    if not isinstance(rows, np.ndarray):
+        return []
+    flat = rows.reshape(-1) if order is None else np.concatenate([rows.reshape(-1), order])
+    return [] if record.carries(flat.size) else [flat]
+
+
+def _of_launch(rows: Rows, order: Any, sent: int = 0) -> RowsOfLaunch:
+    """What a launch is told of the rows; `sent` is the address of those that were sent ahead."""
+    if isinstance(rows, (int, range)):
+        return RowsOfLaunch.spaced(rows)
+    if not isinstance(rows, np.ndarray):
+        return RowsOfLaunch(rows.size, rows.data.ptr, 0 if order is None else order.data.ptr)
+    if not sent:
+        return RowsOfLaunch.carried(rows, order)
+    return RowsOfLaunch(rows.size, sent, 0 if order is None else sent + rows.nbytes)

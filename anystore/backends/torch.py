@@ -12,12 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from anystore import moves
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
+from anystore.backends.numpy import zeros
 from anystore.rows import Rows, basic_index, last_writes
 from anystore.specs import is_extension
 
 __all__ = ["TorchBackend"]
 
+_READ_BY_NUMPY = {
+    torch.bool,
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,11 +38,14 @@ class TorchBackend(Backend):
 
     name = library = "torch"
 
-    def __init__(self, device: Any = None) -> None:
-        if device is None:
-            device = torch.get_default_device()
-        self.device = resolve_device(str(device), self.devices(), "torch")
-        self._device = torch.device(self.device)
+    @classmethod
+    def open(cls, device: Any = None) -> TorchBackend:
+        device = resolve_device(str(torch.get_default_device() if device is None else device), cls.devices(), "torch")
+        return TorchHostBackend(device) if device == "cpu" else TorchBackend(device)
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._device = torch.device(device)
 
     @property
     def xp(self) -> ModuleType:
@@ -56,21 +66,16 @@ class TorchBackend(Backend):
         return native
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
-        if self.device != "cpu":
-            return torch.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
-        # torch.zeros writes to every page; NumPy takes pages of zeros from the system, committed when written to.
-        zeros = torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8))
-        if zeros.numel() == 0:
-            return torch.zeros(shape, dtype=self.native_dtype(dtype))
-        return zeros.view(self.native_dtype(dtype)).view(shape)
+        return torch.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
 
     def gather(self, buffers: Sequence[torch.Tensor], rows: Rows, copy: bool | None) -> list[Array]:
         if self.views(rows):
-            basic = basic_index(rows)  # type: ignore[arg-type]  # no array of rows has views
-            views = [buffer[basic] for buffer in buffers]
+            # torch gives an array of a single number as it is, and takes longer where an Ellipsis asks for it.
+            index: Any = rows if isinstance(rows, int) else basic_index(rows)  # type: ignore[arg-type]
+            views = [buffer[index] for buffer in buffers]
             return [view.clone() for view in views] if copy else views
-        index, shape = self._index(rows)
-        return [buffer.index_select(0, index).view(shape + buffer.shape[1:]) for buffer in buffers]
+        flat, shape = self._index(rows)
+        return [buffer.index_select(0, flat).view(shape + buffer.shape[1:]) for buffer in buffers]
 
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
         if self.views(rows):
@@ -93,7 +98,7 @@ class TorchBackend(Backend):
                 view.copy_(leaf)
             return
         index, shape = self._index(rows)
-        last = last_writes(index.numpy()) if self.device == "cpu" else last_writes(index.cpu().numpy())
+        last = last_writes(np.asarray(rows, np.intp).reshape(-1))
         for buffer, leaf in zip(buffers, leaves):
             if leaf.ndim < buffer.ndim - 1 + len(shape):
                 leaf = leaf.expand((len(index), *buffer.shape[1:]))
@@ -136,3 +141,68 @@ class TorchBackend(Backend):
         """The rows as a flat tensor on the device, and the shape that they had."""
         array = np.asarray(rows, np.intp)
         return torch.from_numpy(array.reshape(-1)).to(self._device), array.shape
+
+
+class TorchHostBackend(TorchBackend):
+    """torch tensors in main memory, whose rows are moved as those of NumPy arrays on the same memory.
+
+    torch would take its time for each leaf, several times that of the compiled moves for all of them.
+    """
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+        # torch.zeros writes to every page.
+        return _as_tensor(zeros(shape, dtype), self.native_dtype(dtype))
+
+    def together(self, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
+        return _HostTensors(buffers)
+
+    def gather(self, buffers: Sequence[torch.Tensor], rows: Rows, copy: bool | None) -> list[Array]:
+        if not copy and self.views(rows):
+            return super().gather(buffers, rows, copy)
+        leaves = moves.gather(_arrays(buffers), rows)
+        return [_as_tensor(leaf, buffer.dtype) for leaf, buffer in zip(leaves, buffers)]
+
+    def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
+        moves.gather_into(_arrays(buffers), rows, [_as_array(tensor) for tensor in out])
+
+    def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
+        if not moves.scatter(_arrays(buffers), rows, [_as_array(leaf) for leaf in leaves]):
+            raise ValueError("the buffers are read-only; nothing was written")
+
+    def scatter_as_is(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Any]) -> bool:
+        arrays = []
+        for leaf, buffer in zip(leaves, buffers):
+            if type(leaf) is torch.Tensor:
+                if leaf.dtype is not buffer.dtype or not leaf.is_cpu or leaf.requires_grad or leaf.is_sparse:
+                    return False
+                leaf = _as_array(leaf)
+            elif buffer.dtype not in _READ_BY_NUMPY:
+                return False
+            arrays.append(leaf)
+        return moves.scatter(_arrays(buffers), rows, arrays)
+
+
+class _HostTensors(list[torch.Tensor]):
+    """The buffers of a storage, and NumPy arrays on their memory."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(tensors)
+        self.arrays = [_as_array(tensor) for tensor in tensors]
+
+
+def _arrays(buffers: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
+    return buffers.arrays if isinstance(buffers, _HostTensors) else [_as_array(buffer) for buffer in buffers]
+
+
+def _as_array(tensor: torch.Tensor) -> NDArray[Any]:
+    """A NumPy array on the memory of the tensor: of its dtype, or of integers if NumPy lacks that."""
+    if tensor.dtype not in _READ_BY_NUMPY:
+        tensor = tensor.contiguous().view(_BITS[tensor.itemsize])
+    array: NDArray[Any] = tensor.numpy(force=tensor.is_conj() or tensor.is_neg())
+    return array
+
+
+def _as_tensor(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of this dtype on the memory of the array, which has the dtype or integers in its place."""
+    tensor = torch.from_numpy(array.view(f"i{array.itemsize}") if is_extension(array.dtype) else array)
+    return tensor if tensor.dtype is dtype else tensor.view(dtype)

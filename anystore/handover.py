@@ -1,0 +1,248 @@
+"""A batch in the arrays of another library, on the same memory.
+
+A room of its own because it alone knows what each library does to memory that it does not like: some copy it without
+a word, some end the process. All of that is found here, before the library sees the array.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.convert import is_array, library_of, on_gpu, to_numpy
+from anystore.nests import map_leaves
+from anystore.specs import as_dtype, is_extension
+
+__all__ = ["to_library"]
+
+_ALIGNMENT = 64
+"""What XLA, which is in JAX and TensorFlow, expects of an address."""
+
+
+def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
+    """A batch in the arrays of another library: zero-copy, through DLPack.
+
+    Parameters
+    ----------
+    nest : nest of arrays
+        What `Storage.get` returns, or any nest of arrays of any libraries.
+    library : {"numpy", "torch", "jax", "tensorflow", "cupy"}
+        Whose arrays to return. Each leaf stays on the device that it is on.
+    copy : bool or None, default False
+        False: the memory is shared. True: it is not. None: it is shared where it can be. (As in the array API
+        standard.) A copy goes through main memory if there is no other way.
+
+    Returns
+    -------
+    nest of arrays
+        The same nest. A leaf that is an array of the library already is returned as it is, unless `copy` is True.
+
+    Raises
+    ------
+    ValueError
+        If the library is unknown; if memory cannot be shared and `copy` is False; if the library cannot hold the dtype.
+        The message has the path of the leaf, and why.
+    ImportError
+        If the library is not installed.
+
+    Notes
+    -----
+    Shared memory is kept as long as one of the arrays on it lives. Writing to one is seen in the others, also in JAX's
+    and TensorFlow's, which take their arrays for immutable.
+
+    On a GPU the memory is ready for the library's current stream, on which it may be read at once. TensorFlow, which
+    does not say what its stream is, makes the host wait.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anystore import to_library
+    >>> to_library({"reward": np.zeros(3, np.float32)}, "numpy")["reward"]
+    array([0., 0., 0.], dtype=float32)
+    """
+    if library not in _TAKERS:
+        raise ValueError(f"expected a library among {', '.join(_TAKERS)}, found {library!r}")
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise ImportError(f"handing arrays over to {library} needs it, and it cannot be imported ({error})") from error
+    return map_leaves(lambda leaf: _hand_over(leaf, library, copy), nest)
+
+
+def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
+    if not is_array(leaf):
+        raise ValueError(f"expected an array, found a {type(leaf).__name__}: {leaf!r:.80}")
+    taker, own = _TAKERS[library], {"jaxlib": "jax"}.get(library_of(leaf), library_of(leaf))
+    dtype = as_dtype(leaf.dtype)
+    taker.check_dtype(dtype)
+    if copy:
+        return taker.from_numpy(_own_copy(to_numpy(leaf))) if own != library or not on_gpu(leaf) else leaf.copy()
+    if own == library:
+        return leaf
+    why = _obstacle(leaf, library)
+    if why is None:
+        try:
+            return taker.share(leaf)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+    if copy is None:
+        return taker.from_numpy(_own_copy(to_numpy(leaf)))
+    raise ValueError(
+        f"the memory of this {type(leaf).__name__} cannot be shared with {library}: {why}; pass copy=None or copy=True"
+    )
+
+
+def _own_copy(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy that every library can share: aligned and C-contiguous."""
+    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    own: NDArray[Any] = np.ndarray(array.shape, array.dtype.newbyteorder("="), memory, start)
+    own[...] = array
+    return own
+
+
+# What is found out before a library sees an array -------------------------------------------------------------------
+
+
+def _obstacle(leaf: Any, library: str) -> str | None:
+    """Why the library cannot share the memory of a leaf, as far as that must not be left to the library to find."""
+    if on_gpu(leaf) == (library == "numpy"):
+        if library in ("numpy", "cupy"):
+            return "it is in the memory of a GPU" if library == "numpy" else "it is in main memory"
+    elif library == "cupy":
+        return None
+    address, strides, contiguous = _layout(leaf)
+    if library != "numpy" and any(stride < 0 for stride in strides):
+        return "it has negative strides"  # torch ends the process (pytorch #188023)
+    if library not in ("jax", "tensorflow") or 0 in leaf.shape:
+        return None
+    if not contiguous:
+        return "it is not C-contiguous"
+    if address % _ALIGNMENT:
+        # JAX makes a copy and does not say so; TensorFlow ends the process.
+        return f"its address is not a multiple of {_ALIGNMENT}"
+    return None
+
+
+class _Layout(NamedTuple):
+    address: int
+    strides: tuple[int, ...]
+    contiguous: bool
+
+
+def _layout(leaf: Any) -> _Layout:
+    """Where the memory of a leaf starts, and how it is passed through."""
+    if on_gpu(leaf) and hasattr(leaf, "__cuda_array_interface__"):
+        interface = leaf.__cuda_array_interface__
+        strides = interface.get("strides")
+        return _Layout(interface["data"][0], strides or (), strides is None)
+    if library_of(leaf) == "tensorflow":
+        return _Layout(0, (), True)  # whose own memory is aligned, and never strided
+    array = to_numpy(leaf)
+    return _Layout(array.ctypes.data, array.strides, array.flags.c_contiguous)
+
+
+# What takes arrays over, for each library -----------------------------------------------------------------------------
+
+
+class _Taker(NamedTuple):
+    """How a library takes an array."""
+
+    share: Callable[[Any], Any]
+    """On the same memory, or an exception."""
+    from_numpy: Callable[[NDArray[Any]], Any]
+    """From NumPy, on whatever memory."""
+    check_dtype: Callable[[np.dtype[Any]], None] = lambda dtype: None
+    """Raises a ValueError for a dtype that the library lacks, where it would not say so itself."""
+
+
+def _numpy_share(array: Any) -> Any:
+    shared = to_numpy(array)
+    if library_of(array) == "tensorflow":
+        raise TypeError("TensorFlow shares its memory with nobody but by DLPack, which NumPy reads only from itself")
+    return shared
+
+
+def _torch_share(array: Any) -> Any:
+    import torch
+
+    dtype = as_dtype(array.dtype)
+    if library_of(array) == "numpy" and is_extension(dtype):  # which NumPy does not export
+        return torch.from_dlpack(array.view(f"i{dtype.itemsize}")).view(getattr(torch, dtype.name))
+    return torch.from_dlpack(array)
+
+
+def _torch_from_numpy(array: NDArray[Any]) -> Any:
+    return _torch_share(array)
+
+
+def _jax_share(array: Any) -> Any:
+    import jax
+
+    return jax.dlpack.from_dlpack(array)
+
+
+def _jax_from_numpy(array: NDArray[Any]) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.array(array, copy=True)
+
+
+def _jax_check(dtype: np.dtype[Any]) -> None:
+    import jax
+
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:  # it would narrow the values, and not say so
+        raise ValueError(f'JAX has no {dtype}; call jax.config.update("jax_enable_x64", True) first')
+
+
+def _tensorflow_share(array: Any) -> Any:
+    import tensorflow as tf
+
+    if as_dtype(array.dtype) == np.bool_:
+        raise TypeError("TensorFlow takes no bool by DLPack")
+    if on_gpu(array):
+        _synchronize(array)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def _synchronize(array: Any) -> None:
+    """Wait for what is still to be written to an array on a GPU."""
+    library = library_of(array)
+    if library == "cupy":
+        with array.device:
+            importlib.import_module("cupy").cuda.get_current_stream().synchronize()
+    elif library == "torch":
+        importlib.import_module("torch").cuda.current_stream(array.device).synchronize()
+    else:
+        array.block_until_ready()
+
+
+def _tensorflow_from_numpy(array: NDArray[Any]) -> Any:
+    import tensorflow as tf
+
+    return tf.constant(array)
+
+
+def _cupy_share(array: Any) -> Any:
+    import cupy
+
+    return cupy.from_dlpack(array)
+
+
+def _cupy_from_numpy(array: NDArray[Any]) -> Any:
+    import cupy
+
+    return cupy.asarray(array)
+
+
+_TAKERS = {
+    "numpy": _Taker(_numpy_share, lambda array: array),
+    "torch": _Taker(_torch_share, _torch_from_numpy),
+    "jax": _Taker(_jax_share, _jax_from_numpy, _jax_check),
+    "tensorflow": _Taker(_tensorflow_share, _tensorflow_from_numpy),
+    "cupy": _Taker(_cupy_share, _cupy_from_numpy),
+}
