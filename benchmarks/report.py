@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def ratio(figures: Figures, workload: str, operation: str, subject: str) -> floa
     return float(measured[subject]["median"] / measured[BASE]["median"])
 
 
+def shown(value: float | None) -> str:
+    """A ratio in two or three digits."""
+    return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
 def subjects_of(environments: dict[str, Figures]) -> dict[str, str]:
     """The environment that each subject's figures are taken from; anystore and NumPy by hand run in every one."""
     found = {"anystore": "numpy", "NumPy by hand, take": "numpy"}
@@ -55,8 +61,7 @@ def table(environments: dict[str, Figures], workload: str, operations: tuple[str
     for subject, environment in subjects_of(environments).items():
         cells = [ratio(environments[environment], workload, operation, subject) for operation in operations]
         if any(cell is not None for cell in cells):
-            shown = ["" if cell is None else f"{cell:.2f}" if cell < 10 else f"{cell:.0f}" for cell in cells]
-            lines.append(f"| {subject} | {' | '.join(shown)} |")
+            lines.append(f"| {subject} | {' | '.join(map(shown, cells))} |")
     base = environments["numpy"][workload]
     micros = [f"{base[operation][BASE]['median']:,.1f} us" if operation in base else "" for operation in operations]
     lines.append(f"| *{BASE}, the measure* | {' | '.join(micros)} |")
@@ -93,10 +98,10 @@ def draw(environments: dict[str, Figures], path: Path) -> None:
     for row, workload in zip(axes, WORKLOADS, strict=True):
         for axis, operation in zip(row, IN_README, strict=True):
             values = [ratio(environments[subjects[name]], workload, operation, name) for name in names]
-            bars = axis.barh(names, [value or 0 for value in values], color=colors, log=True)
-            axis.bar_label(bars, ["" if value is None else f"{value:.2g}" for value in values], padding=2, fontsize=8)
+            bars = axis.barh(names, [math.nan if value is None else value for value in values], color=colors, log=True)
+            axis.bar_label(bars, [shown(value) for value in values], padding=2, fontsize=8)
             axis.axvline(1, color="black", linewidth=0.8)
-            axis.set_xlim(0.1, 500)
+            axis.set_xlim(0.1, 5000)
             axis.set_title(f"{workload}: {operation}", fontsize=11)
             axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Time of a call against a loop over NumPy arrays by hand, in the same process (less is better)")
@@ -134,7 +139,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     everything = {**environments, **({"costs": costs} if costs else {})}
     (RESULTS / "results.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    tables = [table(environments, workload, OPERATIONS) for workload in WORKLOADS] + [memory_table(environments)]
+    workloads = [workload for workload in WORKLOADS if workload in environments["numpy"]]
+    tables = [table(environments, workload, OPERATIONS) for workload in workloads] + [memory_table(environments)]
     notes = [f"- {name}: {heading(figures)}" for name, figures in environments.items()]
     about = "Time of a call as a multiple of that of a loop over NumPy arrays by hand, measured in turn in one process."
     text = "\n\n".join(["# Side by side", about, *tables, "## Environments", "\n".join(notes)])
@@ -142,12 +148,12 @@ def main() -> None:
     draw(environments, RESULTS / "side_by_side.png")
     if costs:
         draw_costs(costs, RESULTS / "costs.png")
-    shown = [table(environments, workload, IN_README) for workload in WORKLOADS]
+    in_readme = [table(environments, workload, IN_README) for workload in workloads]
     machine = environments["numpy"]["machine"]
     where = f"{machine['processor']}, {machine['cores']} cores, {environments['numpy']['date']}"
     intro = f"{about} Less is better; {where}. All figures: [benchmarks/results](benchmarks/results/results.md)."
     picture = "![Bars for each operation and workload](benchmarks/results/side_by_side.png)"
-    update_readme("\n\n".join([intro, *shown, picture]) + "\n")
+    update_readme("\n\n".join([intro, *in_readme, picture]) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,18 @@ class TestStrict(StorageContract):
     no_dtypes = ("float16", "bfloat16")
 
 
+class TestStrictWithoutFloat64(TestStrict):
+    device = "no_float64"
+    dtypes = tuple(name for name in TestStrict.dtypes if name not in ("float64", "complex128"))
+    no_dtypes = ("float64", "complex128", "float16")
+
+
+class TestStrictWithout64Bits(TestStrict):
+    device = "no_x64"
+    dtypes = tuple(name for name in TestStrict.dtypes if "64" not in name and name != "complex128") + ("complex64",)
+    no_dtypes = ("float64", "complex128", "int64", "uint64")
+
+
 class TestStrictDevice1(TestStrict):
     device = "device1"
 

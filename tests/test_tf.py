@@ -788,3 +788,19 @@ def test_a_copied_state_is_saved_by_itself(tmp_path: Path) -> None:
     other = copy.deepcopy(state)
     state.a[:] = 1
     assert contents(saved(tmp_path, state=other)) == {"state/a/.ATTRIBUTES/py_state": npy(np.zeros(2))}
+
+
+def test_a_storage_takes_the_specs_of_tensorflow() -> None:
+    spec = {"a": tf.TensorSpec((2, 3), tf.bfloat16, "a"), "b": [tf.TensorSpec((), tf.bool)]}
+    assert Storage(spec, 4).data_spec == {"a": ArraySpec((2, 3), "bfloat16"), "b": [ArraySpec((), "bool")]}
+    for unknown in (tf.TensorSpec((None, 2)), tf.TensorSpec(None), tf.TensorSpec((), tf.string)):
+        with pytest.raises(ValueError, match="^a/b: "):
+            Storage({"a": {"b": unknown}}, 4)
+
+
+def test_a_storage_takes_tensors() -> None:
+    store = Storage({"a": ArraySpec((2,), "float32")}, 4)
+    store.set(tf.constant([1, -1]), {"a": tf.constant([[1.0, 2.0], [3.0, 4.0]])})
+    assert store.get(tf.constant(3))["a"].tolist() == [3.0, 4.0]
+    with pytest.raises(TypeError, match="^a: expected float32, found complex64"):
+        store.set(0, {"a": tf.zeros(2, tf.complex64)})

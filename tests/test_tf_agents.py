@@ -287,6 +287,7 @@ def test_namedtuples_of_other_fields_are_refused() -> None:
 )
 def test_the_specs_of_both_are_taken(spec: Any) -> None:
     assert_same(NumpyStorage({"obs": spec}, CAPACITY).get([0]), {"obs": np.zeros((1, 2), np.float32)})
+    assert anystore.Storage({"obs": spec}, CAPACITY).data_spec == {"obs": anystore.ArraySpec((2,), "float32")}
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ class GenericBackend(Backend):
         self.device = resolve_device(_spell(device), list(devices), self.name)
         self._device = devices[self.device]
         self._dtypes = info.dtypes(device=self._device)
+        self._index_dtype = np.dtype("int64" if "int64" in self._dtypes else "int32")
         self.has_views = self._shares_views()
 
     @property
@@ -60,11 +61,13 @@ class GenericBackend(Backend):
         return self._dtypes[dtype.name]
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        if shape[0] - 1 > np.iinfo(self._index_dtype).max:
+            raise ValueError(f"{self.name} on {self.device} counts rows in {self._index_dtype}")
         return self._xp.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
 
     def gather(self, buffers: Sequence[Array], rows: Rows, copy: bool | None) -> list[Array]:
         if isinstance(rows, np.ndarray):
-            index = self.from_numpy(rows.reshape(-1))
+            index = self.from_numpy(rows.reshape(-1).astype(self._index_dtype))
             return [self._take(buffer, index, rows.shape) for buffer in buffers]
         views = [buffer[basic_index(rows)] for buffer in buffers]
         return [self._xp.asarray(view, copy=True) for view in views] if copy else views
