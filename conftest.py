@@ -42,6 +42,8 @@ def _obstacle(item: pytest.Item) -> str | None:
     name = getattr(cls, "backend", None)
     if getattr(cls, "compiled", False) and not COMPILED:
         return "the compiled moves were not built"
+    if getattr(cls, "obstacle", None):
+        return str(cls.obstacle)
     if name is None or getattr(cls, "on_a_stand_in", False):
         return None
     info = BACKENDS[name]

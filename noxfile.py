@@ -67,6 +67,7 @@ def tensorflow(session: nox.Session) -> None:
     run_tests(
         session,
         "tests/test_tf.py",
+        "tests/test_tf_to_library.py",
         "--doctest-modules",
         "anystore/tf.py",
         ANYSTORE_REQUIRE="array_api_strict,torch,jax",
@@ -87,6 +88,14 @@ def pythons(session: nox.Session) -> None:
     """The tests with NumPy and array_api_strict, on every version of Python that is there."""
     install(session, *TEST, *FOREIGN_SPECS, *STRICT)
     run_tests(session, WITHOUT_TENSORFLOW, ANYSTORE_REQUIRE="array_api_strict")
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The CUDA source compiled for three generations of GPUs, no warning allowed, and run on the CPU."""
+    install(session, *TEST, "nvidia-cuda-nvrtc-cu12")
+    for chosen in ("TestCompiles", "TestKernelsOnACpu or TestLeafTable"):  # each fails if it finds no test to run
+        run_tests(session, "tests/test_kernels.py", "-k", chosen)
 
 
 @nox.session

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from anystore.backends import Backend, BackendInfo, available_backends, select_backend
+from anystore.handover import to_library
 from anystore.plan import Plan, plan
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
@@ -19,6 +20,7 @@ __all__ = [
     "available_backends",
     "plan",
     "select_backend",
+    "to_library",
 ]
 
 if TYPE_CHECKING:

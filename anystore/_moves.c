@@ -141,9 +141,14 @@ typedef struct {
     int ndim; /* the axes that a batch of these rows has in front */
     npy_intp dims[NPY_MAXDIMS];
     npy_intp count;
-    npy_intp start, step;  /* row i is start + i * step, */
-    const npy_intp *index; /* or index[i] if there is one */
+    npy_intp start, step; /* row i is start + i * step, */
+    npy_intp *index;      /* or index[i] if there is one: a copy, since who made it may change it, or it is a leaf itself */
 } Rows;
+
+static void free_rows(Rows *rows)
+{
+    PyMem_Free(rows->index);
+}
 
 /* The rows of an int, a range or a C-contiguous array of intp; -1 with an exception for anything else. */
 static int read_rows(PyObject *object, Rows *rows)
@@ -177,8 +182,13 @@ static int read_rows(PyObject *object, Rows *rows)
     PyArrayObject *array = (PyArrayObject *)object;
     rows->ndim = PyArray_NDIM(array);
     rows->count = PyArray_SIZE(array);
-    rows->index = PyArray_DATA(array);
     memcpy(rows->dims, PyArray_DIMS(array), rows->ndim * sizeof(npy_intp));
+    rows->index = PyMem_Malloc((rows->count > 0 ? rows->count : 1) * sizeof(npy_intp));
+    if (rows->index == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(rows->index, PyArray_DATA(array), rows->count * sizeof(npy_intp));
     return 0;
 }
 
@@ -206,6 +216,7 @@ typedef struct {
     npy_intp chunk; /* the rows that a thread takes at a time */
     int reading;
     npy_intp next; /* the first row that no thread has taken yet */
+    int helping;   /* the helpers that are at it */
 } Task;
 
 /* Rows are fetched from memory this far ahead of their turn. */
@@ -272,7 +283,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t task_came = PTHREAD_COND_INITIALIZER, helpers_left = PTHREAD_COND_INITIALIZER;
 static Task *open_task = NULL;
 static unsigned long task_number = 0; /* so that a helper takes part in each task once */
-static int helping = 0, helpers = 0;
+static int helpers = 0;
 
 static void *help(void *unused)
 {
@@ -283,12 +294,12 @@ static void *help(void *unused)
             pthread_cond_wait(&task_came, &lock);
         Task *task = open_task;
         seen = task_number;
-        helping++;
+        task->helping++;
         pthread_mutex_unlock(&lock);
         work_on(task);
         pthread_mutex_lock(&lock);
-        if (--helping == 0)
-            pthread_cond_signal(&helpers_left);
+        if (--task->helping == 0)
+            pthread_cond_broadcast(&helpers_left); /* more than one caller may be waiting for its own */
     }
     return unused;
 }
@@ -311,7 +322,7 @@ static void forget_helpers(void)
     pthread_cond_init(&task_came, NULL);
     pthread_cond_init(&helpers_left, NULL);
     open_task = NULL;
-    helping = helpers = 0;
+    helpers = 0;
 }
 
 static void work_with_helpers(Task *task, int threads)
@@ -330,7 +341,7 @@ static void work_with_helpers(Task *task, int threads)
         return;
     pthread_mutex_lock(&lock);
     open_task = NULL;
-    while (helping > 0)
+    while (task->helping > 0)
         pthread_cond_wait(&helpers_left, &lock);
     pthread_mutex_unlock(&lock);
 }
@@ -340,7 +351,7 @@ static void run_all(Move *moves, Py_ssize_t count, const Rows *rows, int reading
     npy_intp bytes = 0;
     for (Py_ssize_t i = 0; i < count; i++)
         bytes += moves[i].width * rows->count;
-    Task task = {moves, count, rows, rows->count, reading, 0};
+    Task task = {moves, count, rows, rows->count, reading, 0, 0};
     if (rows->count == 0)
         return;
     if (bytes < BYTES_WITHOUT_GIL) {
@@ -388,8 +399,22 @@ static npy_intp width_of(PyArrayObject *buffer)
     return width;
 }
 
+/* Whether every row is one of the buffer's: that they were checked before does not keep another thread from having
+ * changed them since. */
+static int are_inside(const Rows *rows, PyArrayObject *buffer)
+{
+    npy_uintp capacity = PyArray_DIM(buffer, 0);
+    int outside = 0;
+    if (rows->index == NULL)
+        return rows->count == 0 || ((npy_uintp)row_at(rows, 0) < capacity &&
+                                    (npy_uintp)row_at(rows, rows->count - 1) < capacity);
+    for (npy_intp i = 0; i < rows->count; i++)
+        outside |= (npy_uintp)rows->index[i] >= capacity;
+    return !outside;
+}
+
 /* The buffers of a call, a list of C-contiguous arrays; their moves, or NULL with an exception. */
-static Move *moves_of(PyObject *buffers)
+static Move *moves_of(PyObject *buffers, const Rows *rows)
 {
     if (!PyList_Check(buffers)) {
         PyErr_SetString(PyExc_TypeError, "expected a list of buffers");
@@ -401,6 +426,12 @@ static Move *moves_of(PyObject *buffers)
         PyArrayObject *buffer = (PyArrayObject *)PyList_GET_ITEM(buffers, i);
         if (!PyArray_CheckExact(buffer) || !PyArray_IS_C_CONTIGUOUS(buffer) || PyArray_NDIM(buffer) < 1) {
             PyErr_SetString(PyExc_TypeError, "expected C-contiguous arrays as buffers");
+            free_moves(moves, count);
+            return NULL;
+        }
+        if ((i == 0 || PyArray_DIM(buffer, 0) != PyArray_DIM((PyArrayObject *)PyList_GET_ITEM(buffers, 0), 0)) &&
+            !are_inside(rows, buffer)) {
+            PyErr_SetString(PyExc_IndexError, "a row is out of range; it was changed after it was checked");
             free_moves(moves, count);
             return NULL;
         }
@@ -426,9 +457,11 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
     PyObject *buffers = arguments[0];
     if (read_rows(arguments[1], &rows) < 0)
         return NULL;
-    Move *moves = moves_of(buffers);
-    if (moves == NULL)
+    Move *moves = moves_of(buffers, &rows);
+    if (moves == NULL) {
+        free_rows(&rows);
         return NULL;
+    }
     Py_ssize_t count = PyList_GET_SIZE(buffers);
     PyObject *leaves = PyList_New(count);
     for (Py_ssize_t i = 0; leaves != NULL && i < count; i++) {
@@ -453,6 +486,7 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
     if (leaves != NULL)
         run_all(moves, count, &rows, 1);
     free_moves(moves, count);
+    free_rows(&rows);
     return leaves;
 }
 
@@ -467,12 +501,17 @@ static PyObject *view_one(PyObject *module, PyObject *const *arguments, Py_ssize
         PyErr_SetString(PyExc_TypeError, "expected buffers and a row");
         return NULL;
     }
-    npy_intp row = PyLong_AsSsize_t(arguments[1]);
-    if (row == -1 && PyErr_Occurred())
+    Rows rows;
+    if (read_rows(arguments[1], &rows) < 0)
         return NULL;
-    Move *moves = moves_of(arguments[0]);
-    if (moves == NULL)
+    npy_intp row = rows.start;
+    Move *moves = rows.ndim == 0 ? moves_of(arguments[0], &rows) : NULL;
+    free_rows(&rows);
+    if (moves == NULL) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "expected a single row");
         return NULL;
+    }
     Py_ssize_t count = PyList_GET_SIZE(arguments[0]);
     PyObject *leaves = PyList_New(count);
     for (Py_ssize_t i = 0; leaves != NULL && i < count; i++) {
@@ -547,6 +586,23 @@ static int read_array(PyArrayObject *array, PyObject *buffers, Py_ssize_t i, con
     return 1;
 }
 
+/* Whether the integer is one of the buffer's dtype; NumPy before 2.0 would wrap it. */
+static int fits_integer(PyObject *number, PyArrayObject *buffer)
+{
+    int overflow, bits = 8 * (int)PyArray_ITEMSIZE(buffer);
+    long long value = PyLong_AsLongLongAndOverflow(number, &overflow);
+    if (PyTypeNum_ISUNSIGNED(PyArray_TYPE(buffer))) {
+        if (overflow > 0 && bits == 64) {
+            PyLong_AsUnsignedLongLong(number);
+            int fits = !PyErr_Occurred();
+            PyErr_Clear();
+            return fits;
+        }
+        return overflow == 0 && value >= 0 && (bits == 64 || value < 1LL << bits);
+    }
+    return overflow == 0 && (bits == 64 || (value >= -(1LL << (bits - 1)) && value < 1LL << (bits - 1)));
+}
+
 /* 1 if the number, Python's or NumPy's, can be read as the batch of this move, 0 if not, -1 with an exception. */
 static int read_number(PyObject *number, PyArrayObject *buffer, Move *move)
 {
@@ -561,7 +617,7 @@ static int read_number(PyObject *number, PyArrayObject *buffer, Move *move)
             return 0;
         PyArray_ScalarAsCtype(number, move->number);
     } else if ((PyFloat_CheckExact(number) && PyTypeNum_ISFLOAT(descr->type_num)) ||
-               (PyLong_CheckExact(number) && PyTypeNum_ISINTEGER(descr->type_num)) ||
+               (PyLong_CheckExact(number) && PyTypeNum_ISINTEGER(descr->type_num) && fits_integer(number, buffer)) ||
                (PyBool_Check(number) && PyTypeNum_ISBOOL(descr->type_num))) {
         if (PyArray_SETITEM(buffer, move->number, number) < 0) {
             PyErr_Clear(); /* values.py says it, by the path of the leaf */
@@ -589,9 +645,11 @@ static PyObject *scatter(PyObject *module, PyObject *const *arguments, Py_ssize_
     PyObject *buffers = arguments[0], *leaves = arguments[2];
     if (read_rows(arguments[1], &rows) < 0)
         return NULL;
-    Move *moves = moves_of(buffers);
-    if (moves == NULL)
+    Move *moves = moves_of(buffers, &rows);
+    if (moves == NULL) {
+        free_rows(&rows);
         return NULL;
+    }
     Py_ssize_t count = PyList_GET_SIZE(buffers);
     int good = PyList_GET_SIZE(leaves) == count;
     for (Py_ssize_t i = 0; good == 1 && i < count; i++) {
@@ -607,6 +665,7 @@ static PyObject *scatter(PyObject *module, PyObject *const *arguments, Py_ssize_
     if (good == 1)
         run_all(moves, count, &rows, 0);
     free_moves(moves, count);
+    free_rows(&rows);
     return good < 0 ? NULL : PyBool_FromLong(good);
 }
 
@@ -624,9 +683,11 @@ static PyObject *gather_into(PyObject *module, PyObject *const *arguments, Py_ss
     PyObject *buffers = arguments[0], *out = arguments[2];
     if (read_rows(arguments[1], &rows) < 0)
         return NULL;
-    Move *moves = moves_of(buffers);
-    if (moves == NULL)
+    Move *moves = moves_of(buffers, &rows);
+    if (moves == NULL) {
+        free_rows(&rows);
         return NULL;
+    }
     Py_ssize_t count = PyList_GET_SIZE(buffers);
     int good = PyList_GET_SIZE(out) == count;
     for (Py_ssize_t i = 0; good && i < count; i++) {
@@ -634,7 +695,9 @@ static PyObject *gather_into(PyObject *module, PyObject *const *arguments, Py_ss
         PyArrayObject *array = (PyArrayObject *)PyList_GET_ITEM(out, i);
         good = PyArray_CheckExact(array) && same_dtype(PyArray_DESCR(array), PyArray_DESCR(buffer)) &&
                has_shape(array, buffer, rows.ndim, rows.dims) && PyArray_ISWRITEABLE(array);
-        if (good && (!PyArray_IS_C_CONTIGUOUS(array) || overlaps(array, buffers))) {
+        if (!good)
+            break;
+        if (!PyArray_IS_C_CONTIGUOUS(array) || overlaps(array, buffers)) {
             /* Filled first, and then copied to where it belongs. */
             moves[i].held = PyArray_NewLikeArray(array, NPY_CORDER, NULL, 0);
             if (moves[i].held == NULL)
@@ -652,6 +715,7 @@ static PyObject *gather_into(PyObject *module, PyObject *const *arguments, Py_ss
             PyArray_CopyInto((PyArrayObject *)PyList_GET_ITEM(out, i), (PyArrayObject *)moves[i].held);
     }
     free_moves(moves, count);
+    free_rows(&rows);
     if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;

@@ -77,23 +77,21 @@ def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
     if not is_array(leaf):
         raise ValueError(f"expected an array, found a {type(leaf).__name__}: {leaf!r:.80}")
     taker, own = _TAKERS[library], {"jaxlib": "jax"}.get(library_of(leaf), library_of(leaf))
-    dtype = as_dtype(leaf.dtype)
-    taker.check_dtype(dtype)
-    if copy:
-        return taker.from_numpy(_own_copy(to_numpy(leaf))) if own != library or not on_gpu(leaf) else leaf.copy()
+    taker.check_dtype(as_dtype(leaf.dtype))
     if own == library:
-        return leaf
-    why = _obstacle(leaf, library)
-    if why is None:
-        try:
-            return taker.share(leaf)
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-    if copy is None:
-        return taker.from_numpy(_own_copy(to_numpy(leaf)))
-    raise ValueError(
-        f"the memory of this {type(leaf).__name__} cannot be shared with {library}: {why}; pass copy=None or copy=True"
-    )
+        return taker.copy(leaf) if copy else leaf
+    if not copy:
+        why = _obstacle(leaf, library)
+        if why is None:
+            try:
+                return taker.share(leaf)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+        if copy is False:
+            raise ValueError(f"{library} cannot share the memory of this array: {why}; pass copy=None or copy=True")
+    if on_gpu(leaf) and library != "numpy" and own in _TAKERS:
+        return taker.share(_TAKERS[own].copy(leaf))
+    return taker.from_numpy(_own_copy(to_numpy(leaf)))
 
 
 def _own_copy(array: NDArray[Any]) -> NDArray[Any]:
@@ -110,11 +108,10 @@ def _own_copy(array: NDArray[Any]) -> NDArray[Any]:
 
 def _obstacle(leaf: Any, library: str) -> str | None:
     """Why the library cannot share the memory of a leaf, as far as that must not be left to the library to find."""
-    if on_gpu(leaf) == (library == "numpy"):
-        if library in ("numpy", "cupy"):
-            return "it is in the memory of a GPU" if library == "numpy" else "it is in main memory"
-    elif library == "cupy":
-        return None
+    if library == "numpy" and on_gpu(leaf):
+        return "it is in the memory of a GPU"
+    if library == "cupy" and not on_gpu(leaf):
+        return "it is in main memory"
     address, strides, contiguous = _layout(leaf)
     if library != "numpy" and any(stride < 0 for stride in strides):
         return "it has negative strides"  # torch ends the process (pytorch #188023)
@@ -122,10 +119,8 @@ def _obstacle(leaf: Any, library: str) -> str | None:
         return None
     if not contiguous:
         return "it is not C-contiguous"
-    if address % _ALIGNMENT:
-        # JAX makes a copy and does not say so; TensorFlow ends the process.
-        return f"its address is not a multiple of {_ALIGNMENT}"
-    return None
+    # JAX makes a copy then, and does not say so; TensorFlow ends the process.
+    return f"its address is not a multiple of {_ALIGNMENT}" if address % _ALIGNMENT else None
 
 
 class _Layout(NamedTuple):
@@ -140,8 +135,6 @@ def _layout(leaf: Any) -> _Layout:
         interface = leaf.__cuda_array_interface__
         strides = interface.get("strides")
         return _Layout(interface["data"][0], strides or (), strides is None)
-    if library_of(leaf) == "tensorflow":
-        return _Layout(0, (), True)  # whose own memory is aligned, and never strided
     array = to_numpy(leaf)
     return _Layout(array.ctypes.data, array.strides, array.flags.c_contiguous)
 
@@ -156,34 +149,32 @@ class _Taker(NamedTuple):
     """On the same memory, or an exception."""
     from_numpy: Callable[[NDArray[Any]], Any]
     """From NumPy, on whatever memory."""
+    copy: Callable[[Any], Any]
+    """A copy of one of its own, C-contiguous and on the same device."""
     check_dtype: Callable[[np.dtype[Any]], None] = lambda dtype: None
-    """Raises a ValueError for a dtype that the library lacks, where it would not say so itself."""
+    """Raises a ValueError for a dtype that it would change and not say so."""
 
 
 def _numpy_share(array: Any) -> Any:
-    shared = to_numpy(array)
-    if library_of(array) == "tensorflow":
-        raise TypeError("TensorFlow shares its memory with nobody but by DLPack, which NumPy reads only from itself")
-    return shared
+    # NumPy knows no extension type in DLPack.
+    return to_numpy(array) if is_extension(as_dtype(array.dtype)) else np.from_dlpack(array)
 
 
 def _torch_share(array: Any) -> Any:
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     dtype = as_dtype(array.dtype)
-    if library_of(array) == "numpy" and is_extension(dtype):  # which NumPy does not export
+    if type(array) is np.ndarray and is_extension(dtype):
         return torch.from_dlpack(array.view(f"i{dtype.itemsize}")).view(getattr(torch, dtype.name))
     return torch.from_dlpack(array)
-
-
-def _torch_from_numpy(array: NDArray[Any]) -> Any:
-    return _torch_share(array)
 
 
 def _jax_share(array: Any) -> Any:
     import jax
 
-    return jax.dlpack.from_dlpack(array)
+    shared = jax.dlpack.from_dlpack(array)
+    if array.size and shared.unsafe_buffer_pointer() != _layout(array).address:
+        raise TypeError("JAX made a copy")
+    return shared
 
 
 def _jax_from_numpy(array: NDArray[Any]) -> Any:
@@ -195,8 +186,8 @@ def _jax_from_numpy(array: NDArray[Any]) -> Any:
 def _jax_check(dtype: np.dtype[Any]) -> None:
     import jax
 
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:  # it would narrow the values, and not say so
-        raise ValueError(f'JAX has no {dtype}; call jax.config.update("jax_enable_x64", True) first')
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f'JAX narrows {dtype}; call jax.config.update("jax_enable_x64", True) first')
 
 
 def _tensorflow_share(array: Any) -> Any:
@@ -205,12 +196,12 @@ def _tensorflow_share(array: Any) -> Any:
     if as_dtype(array.dtype) == np.bool_:
         raise TypeError("TensorFlow takes no bool by DLPack")
     if on_gpu(array):
-        _synchronize(array)
+        _wait_for(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-def _synchronize(array: Any) -> None:
-    """Wait for what is still to be written to an array on a GPU."""
+def _wait_for(array: Any) -> None:
+    """Wait until what its library still does to an array on a GPU is done."""
     library = library_of(array)
     if library == "cupy":
         with array.device:
@@ -221,28 +212,22 @@ def _synchronize(array: Any) -> None:
         array.block_until_ready()
 
 
-def _tensorflow_from_numpy(array: NDArray[Any]) -> Any:
-    import tensorflow as tf
+def _of(library: str, path: str) -> Callable[[Any], Any]:
+    """A function of a library that is imported when it is called."""
 
-    return tf.constant(array)
+    def call(array: Any) -> Any:
+        function = importlib.import_module(library)
+        for name in path.split("."):
+            function = getattr(function, name)
+        return function(array)  # type: ignore[operator]
 
-
-def _cupy_share(array: Any) -> Any:
-    import cupy
-
-    return cupy.from_dlpack(array)
-
-
-def _cupy_from_numpy(array: NDArray[Any]) -> Any:
-    import cupy
-
-    return cupy.asarray(array)
+    return call
 
 
 _TAKERS = {
-    "numpy": _Taker(_numpy_share, lambda array: array),
-    "torch": _Taker(_torch_share, _torch_from_numpy),
-    "jax": _Taker(_jax_share, _jax_from_numpy, _jax_check),
-    "tensorflow": _Taker(_tensorflow_share, _tensorflow_from_numpy),
-    "cupy": _Taker(_cupy_share, _cupy_from_numpy),
+    "numpy": _Taker(_numpy_share, lambda array: array, np.array),
+    "torch": _Taker(_torch_share, _torch_share, lambda tensor: tensor.detach().clone().contiguous()),
+    "jax": _Taker(_jax_share, _jax_from_numpy, _jax_from_numpy, _jax_check),
+    "tensorflow": _Taker(_tensorflow_share, _of("tensorflow", "constant"), _of("tensorflow", "identity")),
+    "cupy": _Taker(_of("cupy", "from_dlpack"), _of("cupy", "asarray"), lambda array: array.copy()),
 }

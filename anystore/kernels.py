@@ -13,7 +13,7 @@ import cupy
 
 from anystore.leaf_table import THREADS, LeafTable, RowsOfLaunch, blocks_for, launches, slot_bits
 
-__all__ = ["OPTIONS", "Stream", "check", "gather", "note_last_writes", "scatter", "slots_nbytes", "source"]
+__all__ = ["OPTIONS", "Stream", "check", "gather", "note_last_writes", "on_device", "scatter", "slots_nbytes", "source"]
 
 OPTIONS = ("--std=c++17",)
 
@@ -22,6 +22,11 @@ class Stream(NamedTuple):
     """A stream of whatever library, by its address; None in its place stands for CuPy's current one."""
 
     ptr: int
+
+
+def on_device(number: int) -> Any:
+    """The context in which a device is the one that CuPy launches on."""
+    return cupy.cuda.Device(number)
 
 
 def source() -> str:

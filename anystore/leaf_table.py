@@ -26,8 +26,10 @@ __all__ = [
     "RowsOfLaunch",
     "blocks_for",
     "blocks_of",
+    "first_of_run",
     "launches",
     "pack",
+    "sent_ahead",
     "slot_bits",
     "widest_lane",
 ]
@@ -78,15 +80,14 @@ class RowsOfLaunch:
     """The rows themselves, int64, where they are few enough to travel in the launch; behind them the order."""
 
     @classmethod
-    def spaced(cls, rows: int | range) -> RowsOfLaunch:
-        """One row, or evenly spaced ones."""
+    def of(cls, rows: Any, order: NDArray[np.intp] | None = None, sent: int = 0) -> RowsOfLaunch:
+        """Rows of the host: evenly spaced ones, or an array that travels in the launch or was sent ahead to `sent`."""
         if isinstance(rows, int):
             return cls(1, start=rows, step=1)
-        return cls(len(rows), start=rows.start, step=rows.step)
-
-    @classmethod
-    def carried(cls, rows: NDArray[np.intp], order: NDArray[np.intp] | None = None) -> RowsOfLaunch:
-        """Rows of the host that travel in the launch."""
+        if isinstance(rows, range):
+            return cls(len(rows), start=rows.start, step=rows.step)
+        if sent:
+            return cls(rows.size, sent, 0 if order is None else sent + rows.nbytes)
         return cls(rows.size, inside=rows.tobytes() + (b"" if order is None else order.tobytes()))
 
 
@@ -190,6 +191,21 @@ def launches(table: LeafTable, base: int, rows: RowsOfLaunch) -> Iterator[tuple[
         header = HEADER.pack(rows.count, base, rows.rows, rows.order, rows.start, rows.step, leaves, inside)
         launch = header + entries + rows.inside
         yield blocks, np.frombuffer(launch + _PADDING[len(launch) :], _LAUNCH)
+
+
+def first_of_run(rows: Any) -> int | None:
+    """The first of rows that lie side by side; None for any others."""
+    if isinstance(rows, int):
+        return rows
+    return rows.start if isinstance(rows, range) and (rows.step == 1 or len(rows) == 1) else None
+
+
+def sent_ahead(record: Record, rows: Any, order: Any) -> list[NDArray[Any]]:
+    """What is sent ahead of a launch: rows of the host that it has no room for, with their order behind them."""
+    if not isinstance(rows, np.ndarray):
+        return []
+    flat = rows.reshape(-1) if order is None else np.concatenate([rows.reshape(-1), order])
+    return [] if record.carries(flat.size) else [flat]
 
 
 def widest_lane(bits: int) -> int:

@@ -43,6 +43,10 @@ def view_one(buffers: Sequence[NDArray[Any]], row: int) -> list[NDArray[Any]]:
 
 def gather_into(buffers: Sequence[NDArray[Any]], rows: Any, out: Sequence[NDArray[Any]]) -> None:
     """Fill each array of `out`, of the shape and dtype that `gather` would return, with the rows of its buffer."""
+    if any(np.may_share_memory(array, other) for array in out for other in (*buffers, rows)):
+        for array, leaf in zip(out, gather(buffers, rows)):
+            array[...] = leaf
+        return
     for buffer, array in zip(buffers, out):
         if type(rows) is np.ndarray:
             buffer.take(rows, 0, array, "clip")
@@ -65,9 +69,11 @@ def scatter(buffers: Sequence[NDArray[Any]], rows: Any, leaves: Sequence[Any]) -
     if not all(_fits(leaf, buffer, lead) for leaf, buffer in zip(leaves, buffers)):
         return False
     # Of several values for one row NumPy leaves the last, since the rows are C-contiguous.
-    index = rows if type(rows) is np.ndarray else _basic_index(rows)
-    for buffer, leaf in zip(buffers, [_apart(leaf, buffers) for leaf in leaves]):
-        buffer[index] = leaf
+    # The rows are copied, since they may be a view of a buffer themselves.
+    index = rows.copy() if type(rows) is np.ndarray else _basic_index(rows)
+    arrays = [_apart(np.asarray(leaf, buffer.dtype), buffers) for leaf, buffer in zip(leaves, buffers)]
+    for buffer, array in zip(buffers, arrays):
+        buffer[index] = array
     return True
 
 

@@ -130,6 +130,24 @@ def example_spec(item: Any) -> Any:
     return treespec.unflatten(specs)
 
 
+def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
+    """The nest with what `function` makes of each leaf; what it refuses is refused with the path of the leaf.
+
+    Raises
+    ------
+    ValueError
+        If `function` raises one.
+    """
+    leaves, treespec = _flatten(nest)
+    made = []
+    for path, leaf in zip(_paths(treespec), leaves):
+        try:
+            made.append(function(leaf))
+        except ValueError as error:
+            raise ValueError(f"{label(path)}: {error}") from error
+    return treespec.unflatten(made)
+
+
 def label(path: str) -> str:
     """How a message names the leaf at `path`."""
     return path or "the item"

@@ -75,7 +75,7 @@ def find_rows(index: Any, capacity: int, backend: Backend | None = None) -> Rows
     if isinstance(index, (bool, np.bool_, str, bytes, tuple)):
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__}: {index!r:.80}")
     if isinstance(index, Sequence):
-        return _from_array(_sequence(index), capacity)
+        return _from_sequence(index, capacity)
     try:
         return _inside(operator.index(index), capacity)
     except TypeError:
@@ -169,10 +169,18 @@ def _from_mask(mask: NDArray[np.bool_], capacity: int) -> IndexArray:
     return np.flatnonzero(mask)
 
 
-def _sequence(index: Sequence[Any]) -> NDArray[Any]:
-    if len(index) == 0:
-        return np.empty(0, np.intp)  # NumPy would make an array of floats
+def _from_sequence(index: Sequence[Any], capacity: int) -> Rows:
+    if isinstance(index, range) and index:
+        for end in (index[0], index[-1]):  # before it is made into an array, which may be long
+            _inside(end, capacity)
     try:
-        return np.asarray(index)
-    except (TypeError, ValueError):
+        array = np.asarray(index)
+    except Exception:
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__} that is none of these: {index!r:.80}") from None
+    if array.size == 0:
+        return np.empty(array.shape, np.intp)  # NumPy makes an array of floats of an empty list
+    if array.dtype.hasobject:
+        for row in array.flat:  # integers past 64 bits are out of range, and anything else is no integer
+            if type(row) is int:
+                _inside(row, capacity)
+    return _from_array(array, capacity)

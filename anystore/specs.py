@@ -177,7 +177,7 @@ def _dtype_name(dtype: np.dtype[Any]) -> str:
 
 def _as_shape(shape: Any) -> tuple[int, ...]:
     try:
-        lengths = tuple(shape) if not hasattr(shape, "__index__") else (shape,)
+        lengths = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
         if None in lengths:
             raise ValueError(f"expected a shape without unknown dimensions, found {shape}; give every length")
         lengths = tuple(operator.index(length) for length in lengths)
@@ -241,6 +241,9 @@ def _from_foreign(spec: Any) -> ArraySpec:
 def _storable(spec: ArraySpec) -> ArraySpec:
     if spec.dtype.hasobject:
         raise ValueError(f"{spec} holds Python objects; expected a dtype whose values have a fixed size in bytes")
+    if spec.dtype.subdtype is not None:
+        base, shape = spec.dtype.subdtype
+        raise ValueError(f"{spec} has a dtype with axes; expected ArraySpec({spec.shape + shape}, {str(base)!r})")
     if spec.dtype.itemsize == 0:
         raise ValueError(f"{spec} has a dtype of no size; expected one with a length, such as 'U8'")
     return spec

@@ -222,8 +222,8 @@ class Storage:
 
     @property
     def data_spec(self) -> Any:
-        """The nest of `ArraySpec` that items are instances of."""
-        return self._nest.data_spec
+        """The nest of `ArraySpec` that items are instances of, in containers of its own."""
+        return self._nest.pack(self._nest.specs)
 
     @property
     def capacity(self) -> int:
@@ -278,13 +278,16 @@ class Storage:
         Returns
         -------
         Storage
-            With the same contract for those leaves alone. It follows when this storage is resized.
+            With the same contract for those leaves alone. It follows when this storage is resized. A copy or pickle
+            of it has buffers of its own.
 
         Raises
         ------
         ValueError
             If a path is not in the spec, or a leaf would be selected twice.
         """
+        if not all(isinstance(path, str) for path in paths):
+            raise ValueError(f"expected paths such as 'obs/image', found {', '.join(map(repr, paths))}")
         data_spec, positions = self._nest.select(paths)
         root, within = self._selected_from or (self, list(range(len(self._buffers))))
         selection = Storage.__new__(Storage)

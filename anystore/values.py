@@ -68,15 +68,26 @@ def admit(
         _check_shape(leaf, lead)
     for leaf in leaves:
         _check_dtype(leaf, casting)
-    return [backend.bring(_from_python(leaf) if leaf.is_python else leaf.value, leaf.spec.dtype) for leaf in leaves]
+    return [_brought(leaf, backend) for leaf in leaves]
+
+
+def _brought(leaf: _Leaf, backend: Backend) -> Any:
+    value = _from_python(leaf) if leaf.is_python else leaf.value
+    try:
+        array = backend.bring(value, leaf.spec.dtype)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise TypeError(f"{label(leaf.path)}: {error}") from error
+    if tuple(array.shape) != leaf.shape:
+        raise ValueError(f"{label(leaf.path)}: expected shape {leaf.shape}, as it says, found {tuple(array.shape)}")
+    return array
 
 
 def _describe(value: Any, spec: ArraySpec, path: str) -> _Leaf:
-    if is_array(value):
-        return _Leaf(path, spec, value, tuple(value.shape), as_dtype(value.dtype), is_python=False)
     is_python = isinstance(value, (bool, int, float, complex, list, tuple))
     try:
-        array = np.asarray(value)
+        if is_array(value) and not isinstance(value, ArraySpec):
+            return _Leaf(path, spec, value, tuple(value.shape), as_dtype(value.dtype), is_python=False)
+        array = _numbers(value, spec) if is_python else np.asarray(value)
     except Exception as error:
         raise _no_array(path, spec, value, f" ({error})") from None
     if array.dtype.hasobject and not (is_python and _holds_integers(array)):
@@ -87,6 +98,18 @@ def _describe(value: Any, spec: ArraySpec, path: str) -> _Leaf:
 def _no_array(path: str, spec: ArraySpec, value: Any, why: str = "") -> TypeError:
     found = f"{type(value).__name__}: {value!r:.80}"
     return TypeError(f"{label(path)}: expected an array or numbers for {spec}, found a {found}{why}")
+
+
+def _numbers(value: Any, spec: ArraySpec) -> NDArray[Any]:
+    """Python's numbers as NumPy reads them, save where it makes less of them than they are."""
+    array = np.asarray(value)
+    if array.size == 0:
+        return array.astype(spec.dtype)
+    if array.dtype.kind == "f" and kind_of(spec.dtype) == 1:
+        # Integers of both signs past 63 bits, which NumPy reads as floats.
+        integers = np.asarray(value, object)
+        return integers if _holds_integers(integers) else array
+    return array
 
 
 def _holds_integers(array: NDArray[Any]) -> bool:

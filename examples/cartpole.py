@@ -1,11 +1,11 @@
-"""Learn to balance a pole: the steps of Gymnasium's CartPole-v1 go into a storage, and what is drawn from it trains.
+"""Learn to balance a pole: steps of Gymnasium's CartPole-v1 go into a storage, and batches of them train a learner.
 
     pip install "anystore[examples]"
     python examples/cartpole.py --backend torch --seed 1
 
 The learner is fitted Q iteration with a small network of scikit-learn, so that it takes seconds on a plain machine.
 The storage stands between the environment and the learner: every step sets one of its rows, round and round, and
-every so often the learner gets some thousand rows, drawn at random. On another backend nothing else changes.
+every so often the learner gets two thousand of them, drawn at random. On another backend nothing else changes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -160,7 +161,7 @@ def train(memory: Storage, env: gymnasium.Env[Any, Any], steps: int, seed: int, 
     return Training(best, episodes, evaluations)
 
 
-def draw_curve(training: Training, final: float, title: str, path: str) -> None:
+def draw_curve(training: Training, final: float, title: str, path: Path) -> None:
     """Write the learning curve as a picture."""
     steps, returns = zip(*training.episodes)
     smooth = [np.mean(returns[max(0, end - 10) : end]) for end in range(1, len(returns) + 1)]
@@ -176,6 +177,7 @@ def draw_curve(training: Training, final: float, title: str, path: str) -> None:
     axes.plot(evaluated, means, "D-", color="tab:orange", markersize=4, label=f"mean of {EVALUATED} greedy episodes")
     axes.plot(best, final, "*", color="tab:red", markersize=14, clip_on=False, label=f"final evaluation: {final:.1f}")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -186,7 +188,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Backend]:
     parser.add_argument("--device", help="where it keeps its buffers, such as cuda:0 (default: the library's own)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=15_000, help="how many to train for (default: %(default)s)")
-    parser.add_argument("--output", default="cartpole.png", help="path of the picture (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default="cartpole.png", help="picture to write (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.steps < WARM_UP:
         parser.error(f"--steps: expected at least {WARM_UP}, found {options.steps}")

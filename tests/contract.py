@@ -46,6 +46,7 @@ INDICES: dict[str, Any] = {
     "list with negatives": [-1, 0, -10],
     "list of one": [3],
     "empty list": [],
+    "nested empty list": [[], []],
     "nested list": [[1, 2], [3, 4]],
     "range": range(2, 8, 2),
     "range backwards": range(5, 0, -1),
@@ -75,6 +76,8 @@ NO_INDICES: dict[str, tuple[Any, type[Exception], str]] = {
     "0-d past the end": (np.array(10), IndexError, "row 10 is out of range"),
     "list past the end": ([1, 10], IndexError, "row 10 is out of range for a capacity of 10"),
     "list before the start": ([1, -11], IndexError, "row -11 is out of range for a capacity of 10"),
+    "endless range": (range(2**70), IndexError, f"row {2**70 - 1} is out of range for a capacity of 10"),
+    "list of a huge int": ([1, 2**70], IndexError, f"row {2**70} is out of range for a capacity of 10"),
     "range past the end": (range(5, 15), IndexError, "row 14 is out of range"),
     "array past the end": (np.array([[0, 99]]), IndexError, "row 99 is out of range"),
     "unsigned past int64": (np.array([2**64 - 1], np.uint64), IndexError, f"row {2**64 - 1} is out of range"),
@@ -102,12 +105,10 @@ NO_INDICES: dict[str, tuple[Any, type[Exception], str]] = {
 
 def stamps_of(index: Any) -> Any:
     """The stamps that a storage with stamp r in row r holds at `index`, by NumPy's own indexing."""
-    rows = np.arange(CAPACITY)
-    return (
-        rows[np.asarray(index, np.int64 if len(index) == 0 else None)]
-        if isinstance(index, (list, range))
-        else rows[index]
-    )
+    if isinstance(index, (list, range)):
+        index = np.asarray(index)
+        index = index if index.size else index.astype(np.int64)
+    return np.arange(CAPACITY)[index]
 
 
 def foreign_arrays(library: str, array: np.ndarray[Any, Any]) -> Any:
@@ -294,6 +295,31 @@ class StorageContract:
         first, second = np.arange(CAPACITY, dtype=np.int32), np.arange(CAPACITY, dtype=np.int32) + 50
         assert_same(store.get(...), {"a": np.where(swapped, second, first), "b": np.where(swapped, first, second)})
 
+    def test_takes_rows_that_are_a_view_of_its_own_buffers(self) -> None:
+        """As the rows of a linked list are, which a write may change while it goes on."""
+        store = self.make({"next": ArraySpec((), "int32"), "value": ArraySpec((), "int32")})
+        start = {"next": np.arange(CAPACITY, dtype=np.int32), "value": np.zeros(CAPACITY, np.int32)}
+        for make in (lambda: store.get(slice(0, 3), copy=None)["next"], lambda: store.buffers["next"][:3, ...]):
+            store.set(..., start)
+            store.set(make(), {"next": np.array([5, 600, 7], np.int32), "value": np.array([1, 2, 3], np.int32)})
+            assert to_numpy(store.get(...)["next"])[:4].tolist() == [5, 600, 7, 3]
+            assert to_numpy(store.get(...)["value"]).tolist() == [1, 2, 3] + [0] * 7
+
+    def test_fills_the_very_array_that_names_the_rows(self) -> None:
+        store = self.make({"a": ArraySpec((), "int32"), "b": ArraySpec((), "int32")})
+        store.set(..., {"a": np.arange(CAPACITY, dtype=np.int32) + 2**30, "b": np.arange(CAPACITY, dtype=np.int32)})
+        index = store.backend.from_numpy(np.array([1, 2, 3], np.int32))
+        if store.backend.has_views:
+            found = store.get(index, out={"a": index, "b": store.backend.from_numpy(np.zeros(3, np.int32))})
+            assert to_numpy(found["a"]).tolist() == [2**30 + 1, 2**30 + 2, 2**30 + 3]
+            assert to_numpy(found["b"]).tolist() == [1, 2, 3]
+
+    def test_takes_lists_of_nothing(self) -> None:
+        store = self.make({"a": ArraySpec((2,), "int32"), "b": ArraySpec((), "bool"), "c": ArraySpec((0,), "uint8")})
+        store.set([], {"a": np.zeros((0, 2), np.int32), "b": [], "c": []})
+        store.set(3, {"a": [1, 2], "b": True, "c": []})
+        assert to_numpy(store.get(3)["a"]).tolist() == [1, 2]
+
     # Refusing -----------------------------------------------------------------------------------------------------
 
     def refuse(self, store: Storage, index: Any, value: Any, error: type[Exception], text: str) -> None:
@@ -372,6 +398,35 @@ class StorageContract:
         with pytest.raises(OverflowError, match="^b: expected integers that fit uint8, found"):
             store.set(3, value)
         assert not any(to_numpy(leaf).any() for leaf in leaves(store.get(...)))
+
+    @pytest.mark.parametrize("number", [300, -1, 2**40, 2**70], ids=str)
+    @pytest.mark.filterwarnings("ignore")
+    def test_no_filter_of_warnings_lets_an_int_through(self, number: int) -> None:
+        store = self.make({"a": ArraySpec((), "uint8")})
+        for value in (number, [[number]], [number]):
+            with pytest.raises((OverflowError, ValueError), match="^a: expected "):
+                store.set(0, {"a": value})
+        assert int(to_numpy(store.get(0)["a"])) == 0
+
+    def test_an_array_that_is_not_what_it_says_is_refused_by_its_path(self, store: Storage) -> None:
+        class Broken:
+            shape, dtype = (3, 2), np.dtype("uint8")
+
+            def __init__(self, content: Any) -> None:
+                self.content = content
+
+            def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+                if isinstance(self.content, Exception):
+                    raise self.content
+                return self.content
+
+        for content, text in (
+            (np.zeros((3, 3), np.uint8), r"^obs/image: expected shape \(3, 2\), as it says, found \(3, 3\)$"),
+            (RuntimeError("gone"), "^obs/image: an array of type Broken cannot be read into NumPy: gone$"),
+        ):
+            value = batch(50)
+            value["obs"]["image"] = Broken(content)
+            self.refuse(store, 3, value, (TypeError, ValueError), text)
 
     def test_refuses_none_in_a_batch_that_is_too_long(self, store: Storage) -> None:
         self.refuse(store, slice(8, 20), batch(np.arange(12)), ValueError, r"expected shape \(2,\), found \(12,\)")

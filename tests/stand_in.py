@@ -1,9 +1,9 @@
 """A stand-in for CuPy on NumPy memory: as much of it as anystore calls, with CuPy's own strictness.
 
-It lets the contract run the backend's Python where there is no GPU. What runs on a stream runs late, when somebody waits
-for it, so that memory that is used again too early shows; kernels run as `tests.reference` on the very arguments of
-their launch, or as kernels.cu itself, by `tests.emulator`. What all this cannot show is that CuPy and CUDA do what is
-expected of them here; for that the same contract runs on a GPU.
+It lets the contract run the backend's Python where there is no GPU. What is put on a stream runs late, when somebody
+waits for it, so that memory that is used again too early shows; kernels run as `tests.reference` on the very arguments
+of their launch, or as kernels.cu itself, by `tests.emulator`. What all this cannot show is that CuPy and CUDA do what
+is expected of them here; for that the same contract runs on a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import anystore.backends
 from anystore.leaf_table import HEADER, THREADS
 from tests import reference
 
-MODULES = ("anystore.backends.cupy", "anystore.kernels", "anystore.staging")
+MODULES = ("anystore.backends.cupy", "anystore.backends.torch_cuda", "anystore.kernels", "anystore.staging")
 """Those that import CuPy."""
 
 
@@ -119,7 +119,7 @@ class Event:
             self.at[0].run(self.at[1])
 
 
-_current = [[Stream(0)], [Stream(1)]]
+_current: list[list[Stream]] = [[Stream(0)], [Stream(1)]]
 
 
 def get_current_stream() -> Stream:
@@ -213,6 +213,8 @@ class RawKernel:
     """A kernel by name; `run` does its work."""
 
     run = staticmethod(by_reference)
+    on_host_memory = False
+    """Whether main memory passes for that of a device; then nothing runs late, since nobody holds that memory."""
     compiled: list[str] = []  # noqa: RUF012
 
     def __init__(self, code: str, name: str, options: tuple[str, ...] = ()) -> None:
@@ -231,13 +233,16 @@ class RawKernel:
         for argument in taken:
             if isinstance(argument, np.ndarray):
                 assert argument.size == 1
-                _check_addresses(argument)
+                if not RawKernel.on_host_memory:
+                    _check_addresses(argument)
             else:
                 assert type(argument) is int
         Log.entries.append(self.name)
         on = get_current_stream() if stream is None else Stream.streams[stream.ptr]
         assert on.device_id == Device.current
         on.put(lambda: RawKernel.run(self.name, blocks, *taken))
+        if RawKernel.on_host_memory:
+            on.run()
 
 
 def _check_addresses(launch: Any) -> None:
@@ -346,7 +351,7 @@ def ascontiguousarray(array: ndarray) -> ndarray:
 
 
 def from_dlpack(array: Any) -> ndarray:
-    """Of an array that says it is on a GPU; `handed_over` is the stand-in's own array behind it."""
+    """The stand-in's own array behind one that says it is on a GPU."""
     kind, device = array.__dlpack_device__()
     assert kind == 2
     with Device(device):
@@ -396,6 +401,7 @@ def installed(monkeypatch: Any, run: Any = by_reference) -> Any:
     monkeypatch.setattr(array_api_compat, "cupy", compat, raising=False)
     monkeypatch.setattr(RawKernel, "run", staticmethod(run))
     monkeypatch.setattr(anystore.backends, "_shared", {})
+    _current[:] = [Stream(0)], [Stream(1)]
     before = {name: sys.modules.get(name) for name in MODULES}
     _put(dict.fromkeys(MODULES))
     Log.entries.clear()

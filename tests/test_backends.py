@@ -92,7 +92,7 @@ class TestSelectBackend:
             select_backend("numpy", device)
 
     def test_device_spelled_wrong(self):
-        with pytest.raises(ValueError, match="expected a device such as 'cpu', 'cuda' or 'cuda:1', found 'cuda-1'"):
+        with pytest.raises(ValueError, match="such as 'cpu', 'cuda' or 'cuda:1', found 'cuda-1'; NumPy has: cpu"):
             select_backend("numpy", "cuda-1")
 
     def test_another_device_than_the_backend_has(self, monkeypatch):
@@ -181,6 +181,72 @@ class TestDevices:
             assert resolve_device(spelled, devices, "x") == meant
         with pytest.raises(ValueError, match="x has no device 'cuda' here; there are: none"):
             resolve_device("cuda", [], "x")
+
+
+class TestJax:
+    @pytest.fixture
+    def store(self):
+        pytest.importorskip("jax")
+        store = Storage({"a": ArraySpec((2,), "float32"), "b": ArraySpec((), "int32")}, 4, backend="jax", device="cpu")
+        store.set(..., {"a": np.ones((4, 2), np.float32), "b": np.arange(4, dtype=np.int32)})
+        return store
+
+    def test_a_write_within_jit_is_refused(self, store):
+        import jax
+
+        @jax.jit
+        def write(x):
+            store.set(0, {"a": x, "b": 3})
+            return x
+
+        with pytest.raises(TypeError, match="cannot be written to within jax.jit"):
+            write(jax.numpy.ones(2))
+        assert store.get(...)["b"].tolist() == [0, 1, 2, 3]
+
+    def test_not_a_number_is_stored_whatever_jax_looks_for(self, store):
+        import jax
+
+        with jax.debug_nans(True):
+            store.set(0, {"a": [np.nan, 0.0], "b": 7})
+        assert np.isnan(store.get(0)["a"][0])
+        assert store.get(...)["b"].tolist() == [7, 1, 2, 3]
+
+    def test_takes_the_device_that_jax_is_told_to_take(self):
+        jax = pytest.importorskip("jax")
+        with jax.default_device(jax.devices("cpu")[0]):
+            assert select_backend("jax").device == "cpu"
+
+    @pytest.mark.parametrize("dtype", ["U3", "V4", "longdouble", "M8[s]", "S3"])
+    def test_what_jax_cannot_hold_is_refused(self, store, dtype):
+        with pytest.raises(ValueError, match="^x: JAX has no .*; choose another dtype"):
+            Storage({"x": ArraySpec((), dtype)}, 3, backend="jax", device="cpu")
+
+
+class TestTorch:
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e5m2", "float32", "complex64"])
+    def test_fills_tensors_of_any_layout(self, dtype):
+        torch = pytest.importorskip("torch")
+        store = Storage(ArraySpec((3,), dtype), 4, backend="torch", device="cpu")
+        store.set(..., torch.ones(4, 3).to(getattr(torch, dtype)))
+        layouts = [torch.zeros(2, 6, dtype=store.get(0).dtype)[:, ::2], torch.zeros(3, 2, dtype=store.get(0).dtype).t()]
+        if dtype == "complex64":
+            layouts += [torch.zeros(2, 3, dtype=torch.complex64).conj()]
+        for out in layouts:
+            store.get([1, 2], out=out)
+            assert out.to(torch.complex64).real.tolist() == [[1.0] * 3] * 2
+        if dtype == "float32":
+            with pytest.raises(ValueError, match="expected a writable array of torch on cpu in out="):
+                store.get([1, 2], out=torch.zeros(2, 3).to_sparse())
+
+    def test_takes_tensors_of_any_layout(self):
+        torch = pytest.importorskip("torch")
+        store = Storage({"x": ArraySpec((2,), "complex64"), "y": ArraySpec((2,), "bfloat16")}, 4, backend="torch")
+        x = torch.tensor([[1 + 2j, 3 - 1j]]).conj()
+        y = torch.nn.Parameter(torch.arange(8, dtype=torch.bfloat16).reshape(2, 4))[:1, ::2]
+        store.set([3], {"x": x, "y": y})
+        assert store.get(3)["x"].tolist() == [1 - 2j, 3 + 1j]
+        assert store.get(3)["y"].tolist() == [0, 2]
+        assert not store.buffers["y"].requires_grad
 
 
 def test_jax_with_64_bits():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import subprocess
 import sys
 import threading
 from types import ModuleType
@@ -202,6 +203,16 @@ class TestCompiled:
         with pytest.raises(TypeError):
             getattr(moves, function)(*arguments)
 
+    def test_rows_that_changed_after_they_were_checked(self):
+        stored = np.zeros((4, 3))
+        for rows in (np.array([0, 4]), np.array([-1]), np.array([2**40]), 4, range(2, 5), range(3, -2, -1)):
+            for call in (
+                lambda rows=rows: moves.gather([stored], rows),
+                lambda rows=rows: moves.scatter([stored], rows, [stored[0]]),
+            ):
+                with pytest.raises(IndexError, match="changed after it was checked"):
+                    call()
+
     def test_a_read_only_buffer(self):
         stored = np.zeros(3)
         stored.flags.writeable = False
@@ -264,6 +275,38 @@ class TestLargeBatches:
                 alive.pop(start % 5)
             for first, batch in alive:
                 np.testing.assert_array_equal(batch, stored[first : first + 64])
+
+    def test_two_readers_wait_for_nobody_else_s_helpers(self):
+        stored = np.zeros((64, 1_500_000), np.uint8)
+        barrier = threading.Barrier(2)
+
+        def read() -> None:
+            for _ in range(300):
+                barrier.wait()
+                moves.gather([stored], np.array([1, 2, 3]))
+
+        threads = [threading.Thread(target=read, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert not any(thread.is_alive() for thread in threads)
+
+    def test_in_the_child_of_a_fork(self):
+        program = """
+import os
+import numpy as np
+from anystore import moves
+stored = np.arange(256 * 16384, dtype=np.int64).reshape(256, 16384)
+moves.gather([stored], np.arange(256))
+child = os.fork()
+(found,) = moves.gather([stored], np.arange(256))
+good = (found == stored).all()
+if child == 0:
+    os._exit(int(not good))
+assert good and os.waitpid(child, 0)[1] == 0
+"""
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
     def test_from_several_threads_at_once(self):
         stored = np.arange(512 * 2048, dtype=np.int64).reshape(512, 2048)

@@ -142,6 +142,15 @@ class TestPaths:
         with pytest.raises(ValueError, match="expected a path of its own for each leaf, found a/b, a/b"):
             Storage({"a/b": X, "a": {"b": Y}}, 4)
 
+    def test_are_text(self):
+        with pytest.raises(ValueError, match="expected paths such as 'obs/image', found 1"):
+            Storage([X, Y], 4).select(1)
+
+    def test_the_spec_that_is_given_out_is_a_copy(self):
+        store = Storage({"a": X, "b": Y}, 4)
+        store.data_spec.pop("a")
+        assert store.data_spec == {"a": X, "b": Y}
+
     def test_of_several_with_their_keys(self):
         store = Storage({"a": {"b": X, "c": Y}, "d": X}, 4)
         assert store.select("a/c", "d").data_spec == {"a/c": Y, "d": X}

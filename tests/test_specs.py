@@ -175,6 +175,10 @@ class TestForeignSpecs:
             (np.float32, "^a/b: expected an ArraySpec, found type"),
             (ArraySpec((), object), "^a/b: .* holds Python objects"),
             (ArraySpec((), "U"), "^a/b: .* dtype of no size"),
+            (
+                ArraySpec((3,), np.dtype(("f4", (2,)))),
+                r"^a/b: .* dtype with axes; expected ArraySpec\(\(3, 2\), 'float32'",
+            ),
         ],
     )
     def test_anything_else_is_refused_by_its_path(self, leaf, text):

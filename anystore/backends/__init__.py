@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -168,8 +167,11 @@ def _make(name: str, device: Any) -> Backend:
 
 
 def _is_namespace(name: str) -> bool:
-    """Whether `name` is that of a module, imported already, that follows the array API standard."""
-    return hasattr(sys.modules.get(name), "__array_namespace_info__")
+    """Whether `name` is that of a module that follows the array API standard."""
+    try:
+        return hasattr(importlib.import_module(name), "__array_namespace_info__")
+    except (ImportError, ValueError):
+        return False
 
 
 def _class_of(name: str) -> Any:

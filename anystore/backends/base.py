@@ -200,7 +200,10 @@ def resolve_device(device: str, devices: Sequence[str], library: str) -> str:
     """
     if device in devices:
         return device
-    kind, number = parse_device(device)
+    try:
+        kind, number = parse_device(device)
+    except ValueError as error:
+        raise ValueError(f"{error}; {library} has: {', '.join(devices) or 'none'}") from None
     if number is None:
         found = [name for name in devices if parse_device(name)[0] == kind]
     else:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from anystore import kernels, moves
 from anystore.backends.base import Array, Backend, no_dtype, parse_device, resolve_device
 from anystore.convert import library_of, on_gpu, to_numpy
-from anystore.leaf_table import LeafTable, Record, RowsOfLaunch
+from anystore.leaf_table import LeafTable, Record, RowsOfLaunch, first_of_run, sent_ahead
 from anystore.rows import Rows, basic_index, last_writes, leading_shape, out_of_range
 from anystore.specs import as_dtype, is_extension
 from anystore.staging import Staging, copy_async
@@ -125,7 +125,7 @@ class CupyBackend(Backend):
                     array[...] = source
 
     def _gather(self, record: Record, table: LeafTable, base: int, rows: Rows) -> None:
-        sent = self._staging.send(_ahead(record, rows, None))
+        sent = self._staging.send(sent_ahead(record, rows, None))
         kernels.gather(table, base, _of_launch(rows, None, *sent.addresses))
 
     def check_rows(self, index: Any, capacity: int) -> Rows | None:
@@ -160,14 +160,14 @@ class CupyBackend(Backend):
             return False
         with self._device:
             order = self._order(rows)
-            ahead = _ahead(record, rows, order)
+            ahead = sent_ahead(record, rows, order)
             nbytes = packed.nbytes + sum(array.nbytes for array in ahead)
             with self._staging.block(nbytes) as block:
                 if not moves.scatter(block.views(packed, count, together.specs), _places(lead), list(leaves)):
                     return False
                 if packed.nbytes == 0:
                     return True
-                first = _first_of_run(rows)
+                first = first_of_run(rows)
                 if first is not None and len(leaves) <= _COPIES:
                     for address, width, offset in zip(record.addresses, record.widths, packed.offsets):
                         block.send_to(address + first * width, offset, count * width)
@@ -190,11 +190,11 @@ class CupyBackend(Backend):
             order = self._order(rows)
             here = [None if isinstance(leaf, np.ndarray) else self._apart(leaf, together) for leaf in leaves]
             host = [np.ascontiguousarray(leaf) for leaf in leaves if isinstance(leaf, np.ndarray)]
-            sent = self._staging.send([*host, *_ahead(record, rows, order)])
+            sent = self._staging.send([*host, *sent_ahead(record, rows, order)])
             places = iter(sent.addresses)
             batches = [next(places) if leaf is None else leaf.data.ptr for leaf in here]
             full = [leaf.ndim == len(lead) + len(shape) for leaf, (shape, _) in zip(leaves, together.specs)]
-            first = _first_of_run(rows)
+            first = first_of_run(rows)
             if first is not None and len(leaves) <= _COPIES and (count == 1 or all(full)):
                 for address, width, batch in zip(record.addresses, record.widths, batches):
                     copy_async(address + first * width, batch, count * width)
@@ -278,27 +278,8 @@ def _places(lead: tuple[int, ...]) -> Any:
     return 0 if not lead else range(count) if len(lead) == 1 else np.arange(count, dtype=np.intp).reshape(lead)
 
 
-def _first_of_run(rows: Rows) -> int | None:
-    """The first of rows that lie side by side; None for any others."""
-    if isinstance(rows, int):
-        return rows
-    return rows.start if isinstance(rows, range) and (rows.step == 1 or len(rows) == 1) else None
-
-
-def _ahead(record: Record, rows: Rows, order: Any) -> list[NDArray[Any]]:
-    """What is sent ahead of a launch: rows of the host that it has no room for, with their order behind them."""
-    if not isinstance(rows, np.ndarray):
-        return []
-    flat = rows.reshape(-1) if order is None else np.concatenate([rows.reshape(-1), order])
-    return [] if record.carries(flat.size) else [flat]
-
-
 def _of_launch(rows: Rows, order: Any, sent: int = 0) -> RowsOfLaunch:
     """What a launch is told of the rows; `sent` is the address of those that were sent ahead."""
-    if isinstance(rows, (int, range)):
-        return RowsOfLaunch.spaced(rows)
-    if not isinstance(rows, np.ndarray):
+    if isinstance(rows, cupy.ndarray):
         return RowsOfLaunch(rows.size, rows.data.ptr, 0 if order is None else order.data.ptr)
-    if not sent:
-        return RowsOfLaunch.carried(rows, order)
-    return RowsOfLaunch(rows.size, sent, 0 if order is None else sent + rows.nbytes)
+    return RowsOfLaunch.of(rows, order, sent)

@@ -61,7 +61,7 @@ class GenericBackend(Backend):
         return self._dtypes[dtype.name]
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        if shape[0] - 1 > np.iinfo(self._index_dtype).max:
+        if shape[0] > np.iinfo(self._index_dtype).max:
             raise ValueError(f"{self.name} on {self.device} counts rows in {self._index_dtype}")
         return self._xp.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
 
@@ -77,6 +77,8 @@ class GenericBackend(Backend):
             array[...] = leaf
 
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
+        # Read once, since they may be a view of a buffer themselves.
+        flat = rows.reshape(-1).tolist() if isinstance(rows, np.ndarray) else []
         # The standard cannot tell whether two arrays share memory, and a leaf may be a view of a buffer.
         for buffer, leaf in zip(buffers, [self._xp.asarray(leaf, copy=True) for leaf in leaves]):
             if not isinstance(rows, np.ndarray):
@@ -85,7 +87,7 @@ class GenericBackend(Backend):
             if leaf.ndim < buffer.ndim - 1 + rows.ndim:
                 leaf = self._xp.broadcast_to(leaf, rows.shape + buffer.shape[1:])
             leaf = self._xp.reshape(leaf, (rows.size, *buffer.shape[1:]))
-            for position, row in enumerate(rows.reshape(-1).tolist()):
+            for position, row in enumerate(flat):
                 buffer[row, ...] = leaf[position, ...]
 
     def from_numpy(self, array: NDArray[Any]) -> Array:

@@ -14,9 +14,13 @@ from jax import lax
 from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
+from anystore.convert import library_of, to_numpy
 from anystore.rows import Rows, last_writes, leading_shape
 
 __all__ = ["JaxBackend"]
+
+
+_TRACED = "a storage cannot be written to within jax.jit or another transformation of JAX"
 
 
 class _Cell:
@@ -49,6 +53,9 @@ class JaxBackend(Backend):
         if isinstance(device, jax.Device):
             device = spell_device(device.platform, device.id)
         devices = self.devices()
+        if device is None and _setting("jax_default_device") is not None:
+            device = _setting("jax_default_device")
+            device = device if isinstance(device, str) else spell_device(device.platform, device.id)
         self.device = devices[0] if device is None else resolve_device(str(device), devices, "JAX")
         self._device = _existing()[self.device]
 
@@ -67,6 +74,8 @@ class JaxBackend(Backend):
             native = None
         if native is None:
             raise no_dtype("JAX", dtype)
+        if not _is_supported(dtype):
+            raise no_dtype("JAX", dtype)
         if native != dtype:
             raise no_dtype(
                 "JAX", dtype, f'call jax.config.update("jax_enable_x64", True) first, or give the leaf {native}'
@@ -75,7 +84,7 @@ class JaxBackend(Backend):
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Cell:
         limit = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max
-        if shape[0] - 1 > limit:
+        if shape[0] > limit:
             raise ValueError(f"JAX counts rows in 32 bits, up to {limit}, unless jax_enable_x64 is set")
         with jax.default_device(self._device):
             return _Cell(jax.device_put(jnp.zeros(shape, dtype), self._device))
@@ -85,13 +94,21 @@ class JaxBackend(Backend):
         if isinstance(rows, range) and rows.step == 1:
             read: list[Array] = _read_slice(arrays, rows.start, len(rows))
         else:
-            read = _read_rows(arrays, np.asarray(rows, np.intp))
+            read = _read_rows(arrays, np.array(rows, np.intp))
         return read
 
     def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
         raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
+        if _setting("jax_debug_nans") or _setting("jax_debug_infs"):
+            # Their checks come after the update, when the old buffers are gone.
+            with jax.debug_nans(False), jax.debug_infs(False):
+                self._scatter(buffers, rows, leaves)
+        else:
+            self._scatter(buffers, rows, leaves)
+
+    def _scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         arrays = [buffer.array for buffer in buffers]
         # An array cannot be given away and read in one call.
         leaves = [jnp.copy(leaf) if any(leaf is array for array in arrays) else leaf for leaf in leaves]
@@ -100,9 +117,11 @@ class JaxBackend(Backend):
         elif isinstance(rows, range) and rows.step == 1:
             written = _write_slice(arrays, rows.start, list(leaves), len(rows))
         else:
-            index = np.asarray(rows, np.intp)
+            index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
             last = last_writes(index.reshape(-1))
             written = _write_rows(arrays, index, list(leaves), last)
+        if any(isinstance(array, jax.core.Tracer) for array in written):
+            raise TypeError(_TRACED)
         for buffer, array in zip(buffers, written):
             buffer.array = array
 
@@ -117,6 +136,14 @@ class JaxBackend(Backend):
         # A copy, since the device may share the memory and read it later, when its owner has changed it.
         own: jax.Array = jax.device_put(np.array(array), self._device)
         return own
+
+    def bring(self, value: Any, dtype: np.dtype[Any]) -> Any:
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(_TRACED)
+        if library_of(value) == self.library:
+            return self.move(value, dtype)
+        # A copy for the same reason; the compiled update sends all leaves to the device at once.
+        return np.array(to_numpy(value), dtype)
 
     def move(self, array: jax.Array, dtype: Any) -> jax.Array:
         if array.dtype == dtype and array.devices() == {self._device}:
@@ -137,6 +164,20 @@ class JaxBackend(Backend):
         if "bytes_limit" not in stats:
             return None
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def _setting(name: str) -> Any:
+    """One of JAX's settings, which its types do not list."""
+    return getattr(jax.config, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_supported(dtype: np.dtype[Any]) -> bool:
+    try:
+        jnp.zeros((), jax.dtypes.canonicalize_dtype(dtype))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _fits(leaf: Any, array: jax.Array, lead: tuple[int, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -41,7 +42,11 @@ class TorchBackend(Backend):
     @classmethod
     def open(cls, device: Any = None) -> TorchBackend:
         device = resolve_device(str(torch.get_default_device() if device is None else device), cls.devices(), "torch")
-        return TorchHostBackend(device) if device == "cpu" else TorchBackend(device)
+        if device == "cpu":
+            return TorchHostBackend(device)
+        if torch.version.cuda and importlib.util.find_spec("cupy"):
+            return importlib.import_module("anystore.backends.torch_cuda").TorchCudaBackend(device)  # type: ignore[no-any-return]
+        return TorchBackend(device)
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -129,7 +134,9 @@ class TorchBackend(Backend):
         return super().views(rows) and not (isinstance(rows, range) and rows.step < 0)
 
     def writable(self, array: Any) -> bool:
-        return isinstance(array, torch.Tensor) and array.device == self._device and not array.requires_grad
+        if not isinstance(array, torch.Tensor) or array.layout is not torch.strided:
+            return False
+        return array.device == self._device and not array.requires_grad
 
     def free_memory(self) -> int | None:
         kind, _ = parse_device(self.device)
@@ -163,7 +170,11 @@ class TorchHostBackend(TorchBackend):
         return [_as_tensor(leaf, buffer.dtype) for leaf, buffer in zip(leaves, buffers)]
 
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
-        moves.gather_into(_arrays(buffers), rows, [_as_array(tensor) for tensor in out])
+        if all(tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() for tensor in out):
+            moves.gather_into(_arrays(buffers), rows, [_as_array(tensor) for tensor in out])
+            return
+        for tensor, leaf in zip(out, self.gather(buffers, rows, copy=True)):
+            tensor.copy_(leaf)
 
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
         if not moves.scatter(_arrays(buffers), rows, [_as_array(leaf) for leaf in leaves]):

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from anystore import ArraySpec, Storage, to_library
+from anystore.convert import to_numpy
+from tests.items import SPEC, assert_same, batch
+from tests.stand_in import installed
+
+
+def memory(nbytes: int, offset: int) -> np.ndarray:
+    """Memory that starts so many bytes past a multiple of 64."""
+    whole = np.zeros(nbytes + 128, np.uint8)
+    start = -whole.ctypes.data % 64 + offset
+    return whole[start : start + nbytes]
+
+
+def aligned(values: object, dtype: str = "float32", offset: int = 0) -> np.ndarray:
+    values = np.asarray(values, ArraySpec((), dtype).dtype)
+    array = memory(values.nbytes, offset).view(values.dtype).reshape(values.shape)
+    array[...] = values
+    return array
+
+
+LIBRARIES = ["torch", "jax"]
+
+
+class TestToLibrary:
+    def test_unknown(self):
+        with pytest.raises(
+            ValueError, match="expected a library among numpy, torch, jax, tensorflow, cupy, found 'nunpy'"
+        ):
+            to_library({}, "nunpy")
+
+    def test_not_installed(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch", None)
+        with pytest.raises(ImportError, match="handing arrays over to torch needs it, and it cannot be imported"):
+            to_library({}, "torch")
+
+    def test_what_is_no_array(self):
+        with pytest.raises(ValueError, match=r"^a/b: expected an array, found a float: 1.5$"):
+            to_library({"a": {"b": 1.5}}, "numpy")
+
+    @pytest.mark.parametrize("copy", [False, None])
+    def test_the_library_s_own_are_returned_as_they_are(self, copy):
+        array = np.zeros(3)
+        assert to_library([array], "numpy", copy=copy)[0] is array
+        torch = pytest.importorskip("torch")
+        tensor = torch.zeros(3)
+        assert to_library([tensor], "torch", copy=copy)[0] is tensor
+
+    @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+    def test_the_library_s_own_are_copied_on_demand(self, library):
+        pytest.importorskip(library)
+        array = to_library(aligned([1, 2, 3]), library, copy=True)
+        again = to_library(array, library, copy=True)
+        assert again is not array
+        assert to_numpy(again).tolist() == [1, 2, 3]
+        assert not np.shares_memory(to_numpy(array), to_numpy(again))
+
+    @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+    @pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "array_api_strict"])
+    def test_batches_of_every_backend(self, backend, library):
+        pytest.importorskip(library)
+        pytest.importorskip(backend)
+        store = Storage(SPEC, 100, backend=backend, device="cpu")
+        store.set(..., batch(np.arange(100)))
+        for index in (np.arange(64), 3, slice(5, 9)):
+            assert_same(to_library(store.get(index), library, copy=None), batch(np.arange(100)[index]))
+            assert_same(to_library(store.get(index), library, copy=True), batch(np.arange(100)[index]))
+
+    def test_the_nest_stays_what_it_was(self):
+        found = to_library(batch([1, 2]), "numpy", copy=True)
+        assert_same(found, batch([1, 2]))
+
+    @pytest.mark.parametrize("library", LIBRARIES)
+    @pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "int16", "int32", "float16", "float32", "complex64"])
+    def test_memory_is_shared(self, library, dtype):
+        pytest.importorskip(library)
+        array = aligned([[1, 0], [1, 1]], dtype)
+        taken = to_library({"x": array}, library)["x"]
+        assert to_numpy(taken).dtype == array.dtype
+        array[0, 1] = 1
+        assert to_numpy(taken)[0, 1] == 1
+        back = to_library(taken, "numpy")
+        assert np.shares_memory(back, array)
+
+    @pytest.mark.parametrize("library", LIBRARIES)
+    @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2)])
+    def test_small_shapes(self, library, shape):
+        pytest.importorskip(library)
+        array = aligned(np.ones(shape))
+        assert to_library(array, library).shape == shape
+        assert to_library(array, library, copy=True).shape == shape
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e5m2"])
+    def test_extension_types(self, dtype):
+        torch = pytest.importorskip("torch")
+        array = aligned([1.5, -2.0], dtype)
+        tensor = to_library(array, "torch")
+        assert tensor.dtype == getattr(torch, dtype)
+        tensor[0] = 3
+        assert array.tolist() == [3, -2]
+        assert np.shares_memory(to_library(tensor, "numpy"), array)
+        assert to_library(array, "torch", copy=True).tolist() == [3, -2]
+        assert array.dtype == to_library(tensor, "numpy").dtype
+
+    def refuse(self, leaf: object, library: str, text: str) -> None:
+        with pytest.raises(
+            ValueError, match=f"^a/b: {library} cannot share the memory of this array: {text}; pass copy="
+        ):
+            to_library({"a": {"b": leaf}}, library)
+        for copy in (None, True):
+            found = to_library({"a": {"b": leaf}}, library, copy=copy)["a"]["b"]
+            np.testing.assert_array_equal(to_numpy(found), to_numpy(leaf))
+
+    @pytest.mark.parametrize("library", LIBRARIES)
+    def test_negative_strides_are_refused(self, library):
+        pytest.importorskip(library)
+        self.refuse(aligned(range(6))[::-1], library, "it has negative strides")
+        self.refuse(aligned(range(6)).reshape(3, 2)[:, ::-1], library, "it has negative strides")
+
+    def test_torch_takes_other_strides(self):
+        torch = pytest.importorskip("torch")
+        array = np.arange(12).reshape(3, 4)
+        tensor = to_library(array.T[::2], "torch")
+        assert isinstance(tensor, torch.Tensor)
+        tensor[0, 0] = 50
+        assert array[0, 0] == 50
+
+    def test_jax_takes_no_strides(self):
+        pytest.importorskip("jax")
+        self.refuse(aligned(range(6)).reshape(3, 2).T, "jax", "it is not C-contiguous")
+        self.refuse(aligned(range(6))[::2], "jax", "it is not C-contiguous")
+
+    @pytest.mark.parametrize("offset", [4, 16, 32])
+    def test_jax_takes_no_unaligned_memory(self, offset):
+        pytest.importorskip("jax")
+        self.refuse(aligned(range(6), offset=offset), "jax", "its address is not a multiple of 64")
+
+    def test_jax_takes_no_read_only_memory(self):
+        pytest.importorskip("jax")
+        array = aligned(range(6))
+        array.flags.writeable = False
+        self.refuse(array, "jax", "BufferError: .*readonly.*")
+
+    @pytest.mark.parametrize("copy", [False, None, True])
+    @pytest.mark.parametrize("dtype", ["int64", "float64", "complex128"])
+    def test_jax_narrows_nothing(self, dtype, copy):
+        pytest.importorskip("jax")
+        with pytest.raises(ValueError, match=f"^x: JAX narrows {dtype}; call jax.config.update"):
+            to_library({"x": aligned([1, 2], dtype)}, "jax", copy=copy)
+
+    def test_torch_tensors_that_are_not_what_is_in_memory(self):
+        torch = pytest.importorskip("torch")
+        tensor = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64).conj()
+        self.refuse(tensor, "numpy", "BufferError: .*")
+        grown = torch.ones(3, requires_grad=True)
+        self.refuse(grown, "numpy", "BufferError: .*")
+
+    def test_what_no_library_has(self):
+        pytest.importorskip("torch")
+        for array in (np.zeros(3, "S3"), np.zeros(3, "M8[ns]")):
+            with pytest.raises(ValueError, match="^the item: torch cannot share the memory of this array: BufferError"):
+                to_library(array, "torch")
+
+    def test_big_endian(self):
+        pytest.importorskip("torch")
+        self.refuse(np.arange(3, dtype=">i4"), "torch", "BufferError: .*byte order.*")
+
+
+class TestCupyOnAStandIn:
+    @pytest.fixture(autouse=True)
+    def _installed(self, monkeypatch):
+        with installed(monkeypatch) as self.cupy:
+            yield
+
+    def test_main_memory_is_copied_on_demand_only(self):
+        with pytest.raises(
+            ValueError, match="^x: cupy cannot share the memory of this array: it is in main memory; pass"
+        ):
+            to_library({"x": np.arange(3)}, "cupy")
+        assert to_library({"x": np.arange(3)}, "cupy", copy=None)["x"].get().tolist() == [0, 1, 2]
+
+    def test_a_gpu_is_not_main_memory(self):
+        array = self.cupy.asarray(np.arange(3))
+        with pytest.raises(
+            ValueError, match="^x: numpy cannot share the memory of this array: it is in the memory of a GPU"
+        ):
+            to_library({"x": array}, "numpy")
+        for copy in (None, True):
+            found = to_library({"x": array}, "numpy", copy=copy)["x"]
+            assert type(found) is np.ndarray
+            assert found.tolist() == [0, 1, 2]
+        assert to_library(array, "cupy") is array
+        assert to_library(array, "cupy", copy=True) is not array
+
+
+def test_no_array_ends_the_process():
+    """What aborts where it is handed over as it is."""
+    pytest.importorskip("torch")
+    program = """
+import numpy as np
+from anystore import to_library
+array = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+for leaf in (array[::-1], array[:, ::-1], array[::-1, ::2], array[:0, ::-1], array[:1, ::-1]):
+    assert to_library(leaf, "torch", copy=None).tolist() == leaf.tolist()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
