@@ -103,8 +103,9 @@ def _fits(leaf: Any, buffer: NDArray[Any], lead: tuple[int, ...]) -> bool:
 
 
 def _apart(leaf: Any, buffers: Sequence[NDArray[Any]]) -> Any:
-    """`leaf`, copied if it is a view of a buffer, which would change under its reader."""
-    if getattr(leaf, "base", None) is not None and any(np.may_share_memory(leaf, buffer) for buffer in buffers):
+    """`leaf`, copied if it is a buffer or a view of one, which would change under its reader."""
+    owns_memory = leaf.base is None
+    if any(leaf is buffer if owns_memory else np.may_share_memory(leaf, buffer) for buffer in buffers):
         return leaf.copy()
     return leaf
 
