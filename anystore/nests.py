@@ -120,14 +120,7 @@ def example_spec(item: Any) -> Any:
     ValueError
         If a leaf is neither an array nor a number; with its path.
     """
-    leaves, treespec = _flatten(item)
-    specs = []
-    for path, leaf in zip(_paths(treespec), leaves):
-        try:
-            specs.append(ArraySpec.from_array(leaf))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{label(path)}: {error}") from None
-    return treespec.unflatten(specs)
+    return map_leaves(ArraySpec.from_array, item)
 
 
 def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
@@ -136,14 +129,14 @@ def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
     Raises
     ------
     ValueError
-        If `function` raises one.
+        If `function` raises one, or a TypeError.
     """
     leaves, treespec = _flatten(nest)
     made = []
     for path, leaf in zip(_paths(treespec), leaves):
         try:
             made.append(function(leaf))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{label(path)}: {error}") from error
     return treespec.unflatten(made)
 
