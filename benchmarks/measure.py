@@ -34,6 +34,8 @@ SECONDS = 0.02
 """How long a subject is timed in a round."""
 KEPT = 16
 FILL_ROUNDS = 3
+MOST_TO_FILL = 100_000
+"""Rows; the filling of larger stores is not timed, since some take half a minute for it."""
 
 Figures = dict[str, Any]
 
@@ -182,7 +184,7 @@ def measure(environment: str, names: list[str]) -> Figures:
         print(f"{environment}: {name}", file=sys.stderr)
         figures[name] = {
             **measure_workload(workload, kinds),
-            **measure_filling(workload, [Anystore, NumpyByHand, *peers]),
+            **(measure_filling(workload, [Anystore, NumpyByHand, *peers]) if workload.capacity <= MOST_TO_FILL else {}),
             "memory": {
                 kind.name: in_own_process(environment, "--workloads", name, "--memory-of", kind.name)
                 for kind in (Anystore, NumpyByHand, *peers)

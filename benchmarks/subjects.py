@@ -226,9 +226,9 @@ class TorchRL(Subject):
     name, module = "TorchRL LazyTensorStorage", "torchrl.data"
 
     def __init__(self, workload: Workload) -> None:
-        store = self.storage(workload.capacity)
-        self.set_one = self.set_rows = store.set
-        self.get_one = self.get_rows = store.get
+        self.store = self.storage(workload.capacity)
+        self.set_one = self.store.set
+        self.get_one = self.get_rows = self.store.get
 
     def storage(self, capacity: int) -> Any:
         from torchrl.data import LazyTensorStorage
@@ -243,7 +243,12 @@ class TorchRL(Subject):
         return TensorDict({key: torch.from_numpy(np.array(leaf)) for key, leaf in batch.items()}, size)
 
     def set_slice(self, start: int, batch: Any) -> None:
-        self.set_rows(range(start, start + 64), batch)
+        self.store.set(range(start, start + 64), batch)
+
+    def set_rows(self, rows: Any, batch: Any) -> None:
+        import torch
+
+        self.store.set(torch.from_numpy(rows), batch)
 
 
 class TorchRLMemmap(TorchRL):
