@@ -29,9 +29,10 @@ def library_of(value: Any) -> str:
 
 def on_gpu(value: Any) -> bool:
     """Whether `value` is an array that another library can read from the memory of an NVIDIA GPU."""
-    if hasattr(value, "__dlpack_device__"):
+    try:
         return value.__dlpack_device__()[0] in _CUDA
-    return hasattr(value, "__cuda_array_interface__")
+    except Exception:  # there is no such method, or no such device, or there are several
+        return hasattr(value, "__cuda_array_interface__")
 
 
 def to_numpy(value: Any) -> NDArray[Any]:

@@ -202,6 +202,7 @@ def _tensorflow_share(array: Any) -> Any:
 
 def _wait_for(array: Any) -> None:
     """Wait until what its library still does to an array on a GPU is done."""
+    # That TensorFlow needs this has not been seen on a GPU yet.
     library = library_of(array)
     if library == "cupy":
         with array.device:

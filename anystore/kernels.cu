@@ -8,12 +8,12 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 #define THREADS 256   /* in a block, always */
-#define LANES 4       /* that a thread moves: all of them are loaded before the first is stored */
+#define LANES 4       /* that a thread moves, all loaded before the first is stored; not tuned on a GPU yet */
 #define LAUNCH_BYTES 4096
 
 struct Leaf {
     char *buffer;         /* of the storage */
-    i64 batch;            /* what is filled by gather, or read by scatter: how far it is behind the base of the launch */
+    i64 batch;            /* what gather fills or scatter reads: how far it is behind the base of the launch */
     i64 width;            /* the bytes of a row */
     i64 step;             /* the bytes from row to row of the batch; 0 for a single row that goes to all */
     unsigned first_block; /* of the blocks that move this leaf */
@@ -35,7 +35,8 @@ struct Launch {
     i64 payload[(LAUNCH_BYTES - sizeof(Header)) / sizeof(i64)];
 };
 
-static_assert(sizeof(Leaf) == 40 && sizeof(Header) == 56 && sizeof(Launch) == LAUNCH_BYTES, "the layout is that of leaf_table.py");
+static_assert(sizeof(Leaf) == 40 && sizeof(Header) == 56 && sizeof(Launch) == LAUNCH_BYTES,
+              "the layout is that of leaf_table.py");
 
 __device__ inline const Leaf *table_of(const Launch &launch)
 {
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scatter(const __grid_const
 }
 
 
-/* Rows that live on the GPU ----------------------------------------------------------------------------------------- */
+/* Rows that live on the GPU --------------------------------------------------------------------------------------- */
 
 template <typename T, bool SIGNED>
 __device__ inline void check_one(const void *index, i64 i, i64 capacity, i64 *rows, u64 *outside)

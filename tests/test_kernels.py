@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -586,3 +587,24 @@ class TestCupyBackend:
         store.resize(120)
         store.set([110], {key: leaf[:1] for key, leaf in values.items()})
         assert_same(part.get(110), {key: values[key][0] for key in ("leaf003", "leaf007")})
+
+
+class TestStandIn:
+    obstacle = None if importlib.util.find_spec("cupy") else "no CuPy to compare with"
+
+    def test_has_nothing_that_cupy_lacks(self):
+        import cupy
+
+        for ours, theirs in (
+            (stand_in.module(), cupy),
+            (stand_in.module().cuda, cupy.cuda),
+            (stand_in.module().cuda.runtime, cupy.cuda.runtime),
+            (stand_in.MemoryPointer, cupy.cuda.MemoryPointer),
+            (stand_in.Stream, cupy.cuda.Stream),
+            (stand_in.Event, cupy.cuda.Event),
+            (stand_in.ndarray, cupy.ndarray),
+        ):
+            own = {"put", "run", "streams", "held", "known"}
+            for name in vars(ours):
+                assert name.startswith("_") or name in own or hasattr(theirs, name), name
+        assert cupy.cuda.runtime.memcpyDefault == stand_in.module().cuda.runtime.memcpyDefault

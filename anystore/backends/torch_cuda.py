@@ -45,6 +45,8 @@ class TorchCudaBackend(TorchBackend):
     -----
     Everything runs on torch's current stream of the store's own device; what is owed to streams and threads is what
     the CuPy backend asks for. Memory is torch's own throughout.
+
+    This code has run on tensors in main memory, but not on a GPU yet.
     """
 
     def together(self, buffers: Sequence[torch.Tensor]) -> _Together:
