@@ -300,7 +300,8 @@ class Storage:
     def resize(self, capacity: int) -> None:
         """Change the number of rows, in place; rows below both the old and the new capacity keep their items.
 
-        Old and new buffers are there together for a while. Views that were taken before see the old ones.
+        Old and new buffers are there together for a while, and the memory of the rows that are kept is committed. Views
+        that were taken before see the old buffers.
 
         Raises
         ------
