@@ -442,6 +442,24 @@ static Move *moves_of(PyObject *buffers, const Rows *rows)
 }
 
 
+/* The rows and the moves of a call, to be given to end; NULL with an exception, and then nothing is owed. */
+static Move *begin(PyObject *buffers, PyObject *object, Rows *rows)
+{
+    if (read_rows(object, rows) < 0)
+        return NULL;
+    Move *moves = moves_of(buffers, rows);
+    if (moves == NULL)
+        free_rows(rows);
+    return moves;
+}
+
+static void end(Move *moves, Py_ssize_t count, Rows *rows)
+{
+    free_moves(moves, count);
+    free_rows(rows);
+}
+
+
 /* gather ---------------------------------------------------------------------------------------------------------- */
 
 static const char gather_doc[] =
@@ -455,13 +473,9 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
         return NULL;
     }
     PyObject *buffers = arguments[0];
-    if (read_rows(arguments[1], &rows) < 0)
+    Move *moves = begin(buffers, arguments[1], &rows);
+    if (moves == NULL)
         return NULL;
-    Move *moves = moves_of(buffers, &rows);
-    if (moves == NULL) {
-        free_rows(&rows);
-        return NULL;
-    }
     Py_ssize_t count = PyList_GET_SIZE(buffers);
     PyObject *leaves = PyList_New(count);
     for (Py_ssize_t i = 0; leaves != NULL && i < count; i++) {
@@ -485,8 +499,7 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
     }
     if (leaves != NULL)
         run_all(moves, count, &rows, 1);
-    free_moves(moves, count);
-    free_rows(&rows);
+    end(moves, count, &rows);
     return leaves;
 }
 
@@ -643,13 +656,9 @@ static PyObject *scatter(PyObject *module, PyObject *const *arguments, Py_ssize_
         return NULL;
     }
     PyObject *buffers = arguments[0], *leaves = arguments[2];
-    if (read_rows(arguments[1], &rows) < 0)
+    Move *moves = begin(buffers, arguments[1], &rows);
+    if (moves == NULL)
         return NULL;
-    Move *moves = moves_of(buffers, &rows);
-    if (moves == NULL) {
-        free_rows(&rows);
-        return NULL;
-    }
     Py_ssize_t count = PyList_GET_SIZE(buffers);
     int good = PyList_GET_SIZE(leaves) == count;
     for (Py_ssize_t i = 0; good == 1 && i < count; i++) {
@@ -664,8 +673,7 @@ static PyObject *scatter(PyObject *module, PyObject *const *arguments, Py_ssize_
     }
     if (good == 1)
         run_all(moves, count, &rows, 0);
-    free_moves(moves, count);
-    free_rows(&rows);
+    end(moves, count, &rows);
     return good < 0 ? NULL : PyBool_FromLong(good);
 }
 
@@ -681,13 +689,9 @@ static PyObject *gather_into(PyObject *module, PyObject *const *arguments, Py_ss
         return NULL;
     }
     PyObject *buffers = arguments[0], *out = arguments[2];
-    if (read_rows(arguments[1], &rows) < 0)
+    Move *moves = begin(buffers, arguments[1], &rows);
+    if (moves == NULL)
         return NULL;
-    Move *moves = moves_of(buffers, &rows);
-    if (moves == NULL) {
-        free_rows(&rows);
-        return NULL;
-    }
     Py_ssize_t count = PyList_GET_SIZE(buffers);
     int good = PyList_GET_SIZE(out) == count;
     for (Py_ssize_t i = 0; good && i < count; i++) {
@@ -714,8 +718,7 @@ static PyObject *gather_into(PyObject *module, PyObject *const *arguments, Py_ss
         if (moves[i].held != NULL)
             PyArray_CopyInto((PyArrayObject *)PyList_GET_ITEM(out, i), (PyArrayObject *)moves[i].held);
     }
-    free_moves(moves, count);
-    free_rows(&rows);
+    end(moves, count, &rows);
     if (PyErr_Occurred())
         return NULL;
     Py_RETURN_NONE;

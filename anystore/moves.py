@@ -20,6 +20,24 @@ _NUMBERS = {bool: "b", int: "iu", float: "f"}
 """The kinds of dtype that a Python number of each class is written to as it is."""
 
 
+def leading_shape(rows: Any) -> tuple[int, ...]:
+    """The axes that a batch of these rows has in front of those of an item."""
+    if type(rows) is int:
+        return ()
+    if type(rows) is range:
+        return (len(rows),)
+    shape: tuple[int, ...] = rows.shape
+    return shape
+
+
+def basic_index(rows: int | range) -> tuple[Any, ...]:
+    """What to index a buffer with to have these rows as a view, a single number of a single row included."""
+    if isinstance(rows, int):
+        return rows, ...
+    # Counting down to row 0 ends at -1, which a slice would read as the last row.
+    return slice(rows.start, rows.stop if rows.stop >= 0 else None, rows.step), ...
+
+
 def all_inside(index: NDArray[Any], capacity: int) -> bool:
     """Whether `index` is a C-contiguous array of intp whose every element is at least 0 and below `capacity`."""
     if index.dtype != np.intp or not index.flags.c_contiguous or index.ndim == 0:
@@ -32,7 +50,7 @@ def gather(buffers: Sequence[NDArray[Any]], rows: Any) -> list[NDArray[Any]]:
     if type(rows) is np.ndarray:
         # The rows are known to be good: "clip" spares NumPy a second check.
         return [buffer.take(rows, 0, None, "clip") for buffer in buffers]
-    index = _basic_index(rows)
+    index = basic_index(rows)
     return [buffer[index].copy() for buffer in buffers]
 
 
@@ -51,7 +69,7 @@ def gather_into(buffers: Sequence[NDArray[Any]], rows: Any, out: Sequence[NDArra
         if type(rows) is np.ndarray:
             buffer.take(rows, 0, array, "clip")
         else:
-            array[...] = buffer[_basic_index(rows)]
+            array[...] = buffer[basic_index(rows)]
 
 
 def scatter(buffers: Sequence[NDArray[Any]], rows: Any, leaves: Sequence[Any]) -> bool:
@@ -65,26 +83,16 @@ def scatter(buffers: Sequence[NDArray[Any]], rows: Any, leaves: Sequence[Any]) -
     bool
         Whether the leaves were written.
     """
-    lead = _leading_shape(rows)
+    lead = leading_shape(rows)
     if not all(_fits(leaf, buffer, lead) for leaf, buffer in zip(leaves, buffers)):
         return False
     # Of several values for one row NumPy leaves the last, since the rows are C-contiguous.
     # The rows are copied, since they may be a view of a buffer themselves.
-    index = rows.copy() if type(rows) is np.ndarray else _basic_index(rows)
+    index = rows.copy() if type(rows) is np.ndarray else basic_index(rows)
     arrays = [_apart(np.asarray(leaf, buffer.dtype), buffers) for leaf, buffer in zip(leaves, buffers)]
     for buffer, array in zip(buffers, arrays):
         buffer[index] = array
     return True
-
-
-def _leading_shape(rows: Any) -> tuple[int, ...]:
-    return () if type(rows) is int else (len(rows),) if type(rows) is range else rows.shape
-
-
-def _basic_index(rows: Any) -> Any:
-    if type(rows) is int:
-        return rows, ...
-    return slice(rows.start, rows.stop if rows.stop >= 0 else None, rows.step)
 
 
 def _fits(leaf: Any, buffer: NDArray[Any], lead: tuple[int, ...]) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.convert import is_array, to_numpy
-from anystore.moves import all_inside
+from anystore.moves import all_inside, basic_index, leading_shape
 
 if TYPE_CHECKING:
     from anystore.backends.base import Backend
@@ -80,23 +80,6 @@ def find_rows(index: Any, capacity: int, backend: Backend | None = None) -> Rows
         return _inside(operator.index(index), capacity)
     except TypeError:
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__}: {index!r:.80}") from None
-
-
-def leading_shape(rows: Rows) -> tuple[int, ...]:
-    """The axes that a batch of these rows has in front of those of an item."""
-    if type(rows) is int:
-        return ()
-    if type(rows) is range:
-        return (len(rows),)
-    return rows.shape  # type: ignore[union-attr]
-
-
-def basic_index(rows: int | range) -> tuple[Any, ...]:
-    """What to index a buffer with to have these rows as a view, a single number of a single row included."""
-    if isinstance(rows, int):
-        return rows, ...
-    # Counting down to row 0 ends at -1, which a slice would read as the last row.
-    return slice(rows.start, rows.stop if rows.stop >= 0 else None, rows.step), ...
 
 
 def last_writes(rows: IndexArray) -> IndexArray | None:

@@ -111,7 +111,7 @@ class TestCompiled:
 
     @given(buffers(), ROWS, st.sampled_from(["as it is", "reversed", "fortran"]), st.booleans(), st.randoms())
     def test_scatter(self, stored, rows, kind, single, random):
-        lead = () if single else PLAIN._leading_shape(rows)
+        lead = () if single else PLAIN.leading_shape(rows)
         leaves = []
         for buffer in stored:
             shape = lead + buffer.shape[1:]
@@ -141,7 +141,7 @@ class TestCompiled:
 
     @given(buffers(), ROWS, st.data())
     def test_scatter_writes_nothing_if_one_leaf_does_not_fit(self, stored, rows, data):
-        lead = PLAIN._leading_shape(rows)
+        lead = PLAIN.leading_shape(rows)
         leaves = [np.ones(lead + buffer.shape[1:], buffer.dtype) for buffer in stored]
         which = data.draw(st.integers(0, len(stored) - 1))
         shape, dtype = stored[which].shape[1:], stored[which].dtype
