@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from anystore.backends import Backend, BackendInfo, available_backends, select_backend
 from anystore.handover import to_library
 from anystore.plan import Plan, plan
+from anystore.snapshot import SnapshotError, load
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
 
@@ -16,8 +17,10 @@ __all__ = [
     "Backend",
     "BackendInfo",
     "Plan",
+    "SnapshotError",
     "Storage",
     "available_backends",
+    "load",
     "plan",
     "select_backend",
     "to_library",

@@ -15,7 +15,7 @@ import optree
 
 from anystore.specs import ArraySpec, understand
 
-__all__ = ["Nest"]
+__all__ = ["Nest", "children"]
 
 _NAMESPACE = "anystore"
 _registered: set[type] = set()
@@ -223,7 +223,7 @@ def _listed(paths: Iterable[str]) -> str:
     return ", ".join(label(path) for path in paths)
 
 
-def _children(node: Any) -> dict[Any, Any]:
+def children(node: Any) -> dict[Any, Any]:
     """The children of a node by key, field or position, in the order of their leaves; none for a leaf."""
     try:
         children, _, keys, _ = optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=_NAMESPACE)
@@ -236,7 +236,7 @@ def _children(node: Any) -> dict[Any, Any]:
 
 def _nodes_at(path: str, node: Any) -> Iterator[Any]:
     """What stands at `path` below `node`; more than one thing only where keys hold slashes of their own."""
-    for key, child in _children(node).items():
+    for key, child in children(node).items():
         name = str(key)
         if path == name:
             yield child
@@ -262,7 +262,7 @@ def _match(spec: Any, value: Any, path: str, differences: list[str]) -> list[Any
     if not _alike(spec, value):
         differences.append(f"{label(path)}: expected a {type(spec).__name__}, found a {type(value).__name__}")
         return []
-    expected, found = _children(spec), _children(value)
+    expected, found = children(spec), children(value)
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     if missing or unexpected:

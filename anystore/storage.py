@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,9 @@ from anystore.nests import Nest, example_spec, label
 from anystore.plan import Plan, as_capacity
 from anystore.rows import Rows, find_rows, leading_shape
 from anystore.values import CASTINGS, Casting, admit
+
+if TYPE_CHECKING:
+    from anystore.snapshot.changes import Changes
 
 __all__ = ["Storage"]
 
@@ -115,6 +120,8 @@ class Storage:
                 self._dtypes.append(backend.native_dtype(spec.dtype))
             except ValueError as error:
                 raise ValueError(f"{label(path)}: {error}") from None
+        self._changes: Changes | None = None
+        self._lent = _Lent()
         self._selections: weakref.WeakSet[Storage] = weakref.WeakSet()
         self._selected_from: tuple[Storage, list[int]] | None = None
 
@@ -167,8 +174,11 @@ class Storage:
         rows = find_rows(idx, self._capacity, self._backend)
         if out is not None:
             return self._get_into(rows, out, copy)
-        if copy is False and not self._backend.views(rows):
-            raise ValueError(f"{_no_view(self._backend, rows)}; pass copy=None or copy=True")
+        if copy is not True:
+            if copy is False and not self._backend.views(rows):
+                raise ValueError(f"{_no_view(self._backend, rows)}; pass copy=None or copy=True")
+            if type(rows) is not np.ndarray:
+                self._lent.ever = True
         return self._nest.pack(self._backend.gather(self._buffers, rows, copy))
 
     def set(self, table_idx: Any, value: Any) -> None:
@@ -196,8 +206,39 @@ class Storage:
         """
         rows = find_rows(table_idx, self._capacity, self._backend)
         leaves = self._nest.flatten(value)
+        if self._changes is not None:  # and before the write, which may change the rows if they are a view
+            self._changes.note(rows)
         if not self._backend.scatter_as_is(self._buffers, rows, leaves):
             self._backend.scatter(self._buffers, rows, self._admit(leaves, leading_shape(rows)))
+
+    def admit(self, value: Any, lead: tuple[int, ...] = ()) -> Any:
+        """`value` as `set` would write it, every leaf checked and converted, but not written.
+
+        Parameters
+        ----------
+        value : nest
+            As `set` takes it.
+        lead : tuple of int
+            The axes that a batch has in front; none for an item.
+
+        Returns
+        -------
+        nest of arrays
+            Of the storage's library, or NumPy arrays that `set` takes as they are, all with the axes of the batch. They
+            may share memory with `value`, and rows with each other.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            As `set`.
+        """
+        leaves = self._admit(self._nest.flatten(value), lead)
+        return self._nest.pack([self._spread(leaf, lead + spec.shape) for leaf, spec in zip(leaves, self._nest.specs)])
+
+    def _spread(self, leaf: Any, shape: tuple[int, ...]) -> Any:
+        if tuple(leaf.shape) == shape:
+            return leaf
+        return (np if isinstance(leaf, np.ndarray) else self._backend.xp).broadcast_to(leaf, shape)
 
     def _admit(self, leaves: list[Any], lead: tuple[int, ...]) -> list[Any]:
         """The leaves as `scatter` takes them, if each fits its spec."""
@@ -256,7 +297,61 @@ class Storage:
 
         Writing to them writes to the storage. On JAX they cannot be written to and live until the next `set`.
         """
+        self._lent.ever = True
         return self._nest.pack([self._backend.array(buffer) for buffer in self._buffers])
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        keep: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Save to the directory `path`, all or nothing: until all of it is on the disk, what was there stays.
+
+        Saved again to the same path, a storage writes the rows that were `set` since it was last saved there or
+        loaded from there. Where its buffers may have been written to without `set`, it is saved whole: once
+        `buffers`, or a live view by ``get(..., copy=False)`` or ``copy=None``, was handed out, and after `resize`.
+
+        Parameters
+        ----------
+        path : path
+            A directory; it is made if it is not there.
+        keep : int, default 0
+            How many of the older versions there stay loadable.
+        progress : callable, optional
+            Called with the bytes that are done and the bytes in all. Without one there is a bar on the standard error
+            past a second, if that is a terminal and rich is installed.
+
+        Raises
+        ------
+        SnapshotError
+            If another process or thread is writing there, or the directory holds something else, or a snapshot that
+            is damaged or of a newer format.
+        ValueError
+            If the spec has a key or a dtype that cannot be written down.
+        OSError
+            If the disk is full or fails.
+
+        Notes
+        -----
+        No more than 64 MiB are taken beyond the storage itself, unless a single row is larger than 4 MiB, and a byte
+        for each row from then on, committed as rows are written. No other thread may write meanwhile.
+
+        See Also
+        --------
+        load
+        """
+        from anystore.snapshot import save_snapshot
+
+        save_snapshot(path, {"items": self}, keep=keep, progress=progress)
+
+    def _track(self, changes: Changes | None) -> None:
+        """Have the rows noted that are written from now on, here and through selections."""
+        if self._selected_from is None:
+            self._changes = changes
+            for selection in self._selections:
+                selection._changes = changes
 
     def __len__(self) -> int:
         return self._capacity
@@ -293,6 +388,7 @@ class Storage:
         selection = Storage.__new__(Storage)
         selection._attach(Nest(data_spec), self._capacity, self._backend, self._casting)
         selection._buffers = self._backend.together([self._buffers[position] for position in positions])
+        selection._changes, selection._lent = self._changes, self._lent
         selection._selected_from = root, [within[position] for position in positions]
         root._selections.add(selection)
         return selection
@@ -317,10 +413,13 @@ class Storage:
         buffers = self._allocate(capacity)
         self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
         self._buffers, self._capacity = buffers, capacity
+        self._lent = _Lent()
+        self._track(None)
         for selection in self._selections:
             _, positions = selection._selected_from  # type: ignore[misc]
             selection._buffers = self._backend.together([buffers[position] for position in positions])
             selection._capacity = capacity
+            selection._lent = self._lent
 
     def _plan(self, capacity: int) -> Plan:
         return Plan(capacity, dict(zip(self._nest.paths, self._nest.specs)))
@@ -342,6 +441,15 @@ class Storage:
         self._backend.scatter(
             self._buffers, range(self._capacity), [self._backend.from_numpy(array) for array in arrays]
         )
+
+
+class _Lent:
+    """Whether buffers, or what may be views of them, were ever handed out: a storage and its selections share it."""
+
+    __slots__ = ("ever",)
+
+    def __init__(self) -> None:
+        self.ever = False
 
 
 def _no_view(backend: Backend, rows: Rows) -> str:

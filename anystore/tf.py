@@ -136,6 +136,22 @@ class NumpyStorage(tf.Module):  # type: ignore[misc]  # TensorFlow has no type h
         """
         self._storage.set(table_idx, value)
 
+    @property
+    def storage(self) -> Storage:
+        """The storage behind the calls, which can do what `Storage` can: save a snapshot, above all.
+
+        Notes
+        -----
+        From a checkpoint to a snapshot, and back::
+
+            tf.train.Checkpoint(store=store).restore(checkpoint).assert_consumed()
+            store.storage.save("snapshot")
+
+            store.set(..., anystore.load("snapshot").get(..., copy=None))
+            tf.train.Checkpoint(store=store).save("checkpoint")
+        """
+        return self._storage
+
 
 class NumpyState(tf.__internal__.tracking.AutoTrackable):  # type: ignore[misc]  # TensorFlow has no type hints
     """An object whose attributes are NumPy arrays or scalars, saved in TensorFlow's checkpoints and restored from them.
@@ -217,11 +233,11 @@ class _SavedBuffer(tf.train.experimental.PythonState):  # type: ignore[misc]  # 
 
     def serialize(self) -> bytes:
         stream = io.BytesIO()
-        self._storage.save(self._position, stream)
+        self._storage.save_buffer(self._position, stream)
         return stream.getvalue()
 
     def deserialize(self, string_value: bytes) -> None:
-        self._storage.restore(self._position, _read_npy(string_value))
+        self._storage.restore_buffer(self._position, _read_npy(string_value))
 
 
 class _Storage(Storage):
@@ -263,7 +279,7 @@ class _Storage(Storage):
         """The buffers that there are, by the position of their leaf."""
         return dict(enumerate(vars(self)["_buffers"])) if "_buffers" in vars(self) else self._made
 
-    def save(self, position: int, stream: io.BytesIO) -> None:
+    def save_buffer(self, position: int, stream: io.BytesIO) -> None:
         """Write the buffer of a leaf to `stream`, as a ``.npy`` file."""
         existing, spec = self._existing(), self._nest.specs[position]
         if position not in existing:
@@ -276,7 +292,7 @@ class _Storage(Storage):
             (chunk,) = self._backend.gather([existing[position]], rows, None)
             stream.write(np.ascontiguousarray(to_numpy(chunk)).reshape(-1).view(np.uint8).data)
 
-    def restore(self, position: int, array: NDArray[Any]) -> None:
+    def restore_buffer(self, position: int, array: NDArray[Any]) -> None:
         """Bring the buffer of a leaf to what was saved of it.
 
         Raises
@@ -284,6 +300,7 @@ class _Storage(Storage):
         ValueError
             If `array` has not the shape and dtype of the buffer; with the path of the leaf.
         """
+        self._lent.ever = True  # buffers change here without a set, so that a snapshot is to be written whole
         existing, spec = self._existing(), self._nest.specs[position]
         if array.ndim == 0:
             existing.pop(position, None)

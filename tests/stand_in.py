@@ -15,6 +15,7 @@ import importlib
 import importlib.machinery
 import math
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable
@@ -31,24 +32,34 @@ MODULES = ("anystore.backends.cupy", "anystore.backends.torch_cuda", "anystore.k
 """Those that import CuPy."""
 
 
-class Device:
-    """One of two devices; `current` is what CuPy would use if it is not told."""
+class _Here(threading.local):
+    """What is current: of each thread its own, as with CUDA."""
 
-    current = 0
+    def __init__(self) -> None:
+        self.device = 0
+        self.streams: list[list[Stream]] = [[], []]
+
+
+_here = _Here()
+
+
+class Device:
+    """One of two devices."""
+
     mem_info = (2**34, 2**35)
     __hash__ = None  # type: ignore[assignment]  # as CuPy's
 
     def __init__(self, number: int | None = None) -> None:
-        self.id = Device.current if number is None else number
+        self.id = _here.device if number is None else number
         self._outer: list[int] = []
 
     def __enter__(self) -> Device:
-        self._outer.append(Device.current)
-        Device.current = self.id
+        self._outer.append(_here.device)
+        _here.device = self.id
         return self
 
     def __exit__(self, *error: object) -> None:
-        Device.current = self._outer.pop()
+        _here.device = self._outer.pop()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and other.id == self.id
@@ -65,7 +76,7 @@ class Stream:
     """Memory that work still to be done may use: a pool gives it to nobody else as long."""
 
     def __init__(self, device: int | None = None) -> None:
-        self.device_id = Device.current if device is None else device
+        self.device_id = _here.device if device is None else device
         self.ptr = len(Stream.streams)
         self.work: list[Callable[[], object]] = []
         self.done = 0
@@ -96,12 +107,12 @@ class Stream:
         self.put(lambda: at[0].run(at[1]))
 
     def __enter__(self) -> Stream:
-        assert self.device_id == Device.current
-        _current[self.device_id].append(self)
+        assert self.device_id == _here.device
+        _here.streams[self.device_id].append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _current[self.device_id].pop()
+        _here.streams[self.device_id].pop()
 
 
 class Event:
@@ -119,11 +130,13 @@ class Event:
             self.at[0].run(self.at[1])
 
 
-_current: list[list[Stream]] = [[Stream(0)], [Stream(1)]]
+_null: list[Stream] = [Stream(0), Stream(1)]
+"""The stream of each device that is current where no other is."""
 
 
-def get_current_stream() -> Stream:
-    return _current[Device.current][-1]
+def get_current_stream(device: int | None = None) -> Stream:
+    device = _here.device if device is None else device
+    return _here.streams[device][-1] if _here.streams[device] else _null[device]
 
 
 # Memory -------------------------------------------------------------------------------------------------------------
@@ -140,7 +153,7 @@ class MemoryPointer:
         self.memory = np.full(nbytes + 512, 0xA5, np.uint8)
         self.offset = -self.memory.ctypes.data % 512
         self.ptr = self.memory.ctypes.data + self.offset
-        self.device_id = Device.current
+        self.device_id = _here.device
         MemoryPointer.known = [entry for entry in MemoryPointer.known if entry[3]() is not None]
         bisect.insort(
             MemoryPointer.known,
@@ -157,7 +170,7 @@ class MemoryPointer:
 
     def memset_async(self, value: int, nbytes: int) -> None:
         ptr = self.ptr
-        assert device_of(ptr, nbytes) == Device.current
+        assert device_of(ptr, nbytes) == _here.device
         get_current_stream().put(lambda: ctypes.memset(ptr, value, nbytes))
 
 
@@ -197,7 +210,7 @@ def memcpy_async(target: int, source: int, nbytes: int, kind: int, stream: int) 
     assert kind == 4, "cudaMemcpyDefault"
     assert stream == get_current_stream().ptr, "not the current stream"
     for address in (target, source):
-        assert device_of(address, nbytes) in (None, Device.current)
+        assert device_of(address, nbytes) in (None, _here.device)
     Log.entries.append("copy")
     get_current_stream().put(lambda: ctypes.memmove(target, source, nbytes))
 
@@ -239,7 +252,7 @@ class RawKernel:
                 assert type(argument) is int
         Log.entries.append(self.name)
         on = get_current_stream() if stream is None else Stream.streams[stream.ptr]
-        assert on.device_id == Device.current
+        assert on.device_id == _here.device
         on.put(lambda: RawKernel.run(self.name, blocks, *taken))
         if RawKernel.on_host_memory:
             on.run()
@@ -250,10 +263,10 @@ def _check_addresses(launch: Any) -> None:
     count, base, rows, order, *_ = HEADER.unpack_from(launch.tobytes())
     for leaf in reference.leaves_of(launch).tolist():
         buffer, batch, width, step = leaf[:4]
-        assert device_of(buffer, width) == Device.current
-        assert device_of(base + batch, step * (count - 1) + width) == Device.current
+        assert device_of(buffer, width) == _here.device
+        assert device_of(base + batch, step * (count - 1) + width) == _here.device
     for address in (rows, order):
-        assert not address or device_of(address, 8 * count) == Device.current
+        assert not address or device_of(address, 8 * count) == _here.device
 
 
 # Arrays -------------------------------------------------------------------------------------------------------------
@@ -277,7 +290,7 @@ class ndarray:  # noqa: N801  # CuPy's name
     @property
     def _host(self) -> Any:
         """The memory, when the current stream of its device has done its work."""
-        _current[self._data.device_id][-1].run()
+        get_current_stream(self._data.device_id).run()
         return self._array
 
     @property
@@ -285,7 +298,7 @@ class ndarray:  # noqa: N801  # CuPy's name
         return self._data + (self._array.ctypes.data - self._data.ptr if self._array.size else 0)
 
     def _check_device(self) -> None:
-        assert self._data.device_id == Device.current, "the current device is not the array's own"
+        assert self._data.device_id == _here.device, "the current device is not the array's own"
 
     device = property(lambda self: Device(self._data.device_id))
     shape = property(lambda self: self._array.shape)
@@ -300,7 +313,7 @@ class ndarray:  # noqa: N801  # CuPy's name
 
     def copy(self) -> ndarray:
         """A copy on the current device, on its current stream."""
-        if self._data.device_id != Device.current:
+        if self._data.device_id != _here.device:
             assert self._array.flags.c_contiguous, "CuPy makes it so on a stream of the other device"
             get_current_stream().run()
             return _filled(self._array)
@@ -359,6 +372,38 @@ def from_dlpack(array: Any) -> ndarray:
     return taken
 
 
+# Random draws ---------------------------------------------------------------------------------------------------------
+
+
+class Philox4x3210:
+    """A bit generator of the device that is current when it is made, seeded as CuPy seeds it: by 32 bits."""
+
+    def __init__(self, seed: np.random.SeedSequence) -> None:
+        self.bits = np.random.Philox(int(seed.generate_state(1, np.uint32)[0]))
+        self.device_id = _here.device
+
+
+class Generator:
+    """As little of a generator as there is in CuPy: among what is missing are its state and permutations."""
+
+    def __init__(self, bit_generator: Philox4x3210) -> None:
+        self._device_id = bit_generator.device_id
+        self._generator = np.random.Generator(bit_generator.bits)
+
+    def integers(self, low: int, high: int | None = None, size: int | None = None) -> ndarray:
+        assert _here.device == self._device_id, "This Generator state is allocated in a different device"
+        return _filled(self._generator.integers(low, high, size))
+
+    def random(self, size: int | None = None, dtype: Any = np.float64) -> ndarray:
+        assert _here.device == self._device_id, "This Generator state is allocated in a different device"
+        return _filled(self._generator.random(size, dtype))
+
+
+def argsort(array: ndarray) -> ndarray:
+    array._check_device()
+    return _filled(np.argsort(array._host))
+
+
 def module() -> types.ModuleType:
     """What ``import cupy`` finds."""
     cupy = types.ModuleType("cupy")
@@ -371,6 +416,8 @@ def module() -> types.ModuleType:
         zeros_like=lambda array: _filled(np.zeros(array.shape, array.dtype)),
         flatnonzero=lambda array: _filled(np.flatnonzero(array._host)),
         from_dlpack=from_dlpack,
+        argsort=argsort,
+        random=types.SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210),
         RawKernel=RawKernel,
         get_default_memory_pool=lambda: types.SimpleNamespace(free_bytes=lambda: 0),
         cuda=types.SimpleNamespace(
@@ -401,7 +448,7 @@ def installed(monkeypatch: Any, run: Any = by_reference) -> Any:
     monkeypatch.setattr(array_api_compat, "cupy", compat, raising=False)
     monkeypatch.setattr(RawKernel, "run", staticmethod(run))
     monkeypatch.setattr(anystore.backends, "_shared", {})
-    _current[:] = [Stream(0)], [Stream(1)]
+    _null[:] = Stream(0), Stream(1)
     before = {name: sys.modules.get(name) for name in MODULES}
     _put(dict.fromkeys(MODULES))
     Log.entries.clear()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore.backends.random import HostRandom, Random
 from anystore.convert import library_of, to_numpy
 from anystore.rows import Rows
 
@@ -128,6 +131,21 @@ class Backend(ABC):
             return self.move(value, self.native_dtype(dtype))
         return self.from_numpy(to_numpy(value).astype(dtype, copy=False))
 
+    def random(self, seed: int | None = None) -> Random:
+        """A generator of random arrays of the library, on the device.
+
+        Parameters
+        ----------
+        seed : int or None
+            The same one gives the same draws; None stands for one that the system chooses.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the seed is not an integer, or is negative.
+        """
+        return HostRandom(self, seed)
+
     def scatter_as_is(self, buffers: Sequence[Buffer], rows: Rows, leaves: Sequence[Any]) -> bool:
         """Do what `scatter` does, if it is plain at a glance that every unchecked leaf fits its buffer and the rows.
 
@@ -142,6 +160,19 @@ class Backend(ABC):
         """The live array of a buffer."""
         return buffer
 
+    def as_rows(self, array: Array) -> Rows:
+        """Rows in an array of the library, known to be inside the buffers, as the other methods take them."""
+        return np.ascontiguousarray(to_numpy(array), np.intp)
+
+    def put(self, array: Array, places: Array, values: Array) -> Array:
+        """`array` with `values` at these places along its first axis, each there once; it may be changed in place."""
+        self.scatter([array], self.as_rows(places), [values])
+        return array
+
+    def host_arrays(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]] | None:
+        """NumPy arrays on the memory of the buffers, where there are such."""
+        return None
+
     def views(self, rows: Rows) -> bool:
         """Whether these rows of a buffer can be had without a copy."""
         return self.has_views and isinstance(rows, (int, range))
@@ -149,6 +180,10 @@ class Backend(ABC):
     def writable(self, array: Array) -> bool:
         """Whether `array` is one of this library, on this device, that can be written to."""
         return library_of(array) == self.library
+
+    def stream(self) -> AbstractContextManager[object]:
+        """What another thread enters, once, to work on the stream that is current in this one."""
+        return contextlib.nullcontext()
 
     def free_memory(self) -> int | None:
         """The bytes that can still be allocated on the device, or None if that cannot be told."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from anystore import kernels, moves
 from anystore.backends.base import Array, Backend, no_dtype, parse_device, resolve_device
+from anystore.backends.random import Random, refused, seed_sequence
 from anystore.convert import library_of, on_gpu, to_numpy
 from anystore.leaf_table import LeafTable, Record, RowsOfLaunch, first_of_run, sent_ahead
 from anystore.rows import Rows, basic_index, last_writes, leading_shape, out_of_range
@@ -29,6 +32,8 @@ Chosen, not measured: benchmarks/gpu.py measures where one overtakes the other.
 """
 _STAGED = 1 << 28
 """The most bytes that are packed into pinned memory at once."""
+_DRAWS = 256
+"""After so many draws a generator starts anew, so that it takes no longer than these to restore one."""
 _NUMBERS = (bool, int, float, np.generic)
 
 
@@ -253,12 +258,84 @@ class CupyBackend(Backend):
             cupy.cuda.get_current_stream().wait_event(copied)
         return copy
 
+    def random(self, seed: int | None = None) -> Random:
+        return CupyRandom(self._device, seed)
+
+    def as_rows(self, array: Array) -> Rows:
+        rows: Rows = cupy.ascontiguousarray(array, np.int64)
+        return rows
+
     def writable(self, array: Any) -> bool:
         return isinstance(array, cupy.ndarray) and array.device.id == self._device.id
+
+    @contextlib.contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        with self._device, stream:
+            yield
+
+    def stream(self) -> AbstractContextManager[object]:
+        with self._device:
+            return self._on(cupy.cuda.get_current_stream())
 
     def free_memory(self) -> int | None:
         with self._device:
             return int(self._device.mem_info[0] + cupy.get_default_memory_pool().free_bytes())
+
+
+class CupyRandom(Random):
+    """CuPy's Generator on Philox4x3210, which starts anew after every so many draws.
+
+    CuPy has no public way to read the state of a generator. A state is therefore the draws that were made since the
+    last start, and to restore it they are made again, a fixed number of them at the most.
+    """
+
+    kind = "cupy"
+
+    def __init__(self, device: Any, seed: int | None) -> None:
+        self._device = device
+        self._entropy = int(seed_sequence(seed).entropy)  # type: ignore[arg-type]  # a single integer, as it was made
+        self._start(0)
+
+    def _start(self, starts: int) -> None:
+        sequence = np.random.SeedSequence(self._entropy, spawn_key=(starts,))
+        with self._device:
+            self._generator = cupy.random.Generator(cupy.random.Philox4x3210(sequence))
+        self._starts = starts
+        self._drawn: list[list[int]] = []
+        """For each draw since the start its `high`, 0 for one of floats, and its count."""
+
+    def _draw(self, high: int, count: int) -> Array:
+        if len(self._drawn) == _DRAWS:
+            self._start(self._starts + 1)
+        self._drawn.append([high, count])
+        with self._device:
+            return self._generator.integers(high, size=count) if high else self._generator.random(count)
+
+    def integers(self, high: int, count: int) -> Array:
+        if high <= 0 or count < 0:
+            raise refused(high, count)
+        return self._draw(high, count)
+
+    def uniform(self, count: int) -> Array:
+        if count < 0:
+            raise refused(1, count)
+        return self._draw(0, count)
+
+    def permutation(self, high: int) -> Array:
+        if high <= 0:
+            raise refused(high, 0)
+        with self._device:
+            return cupy.argsort(self._draw(0, high))
+
+    def _state(self) -> dict[str, Any]:
+        return {"entropy": self._entropy, "starts": self._starts, "drawn": [list(draw) for draw in self._drawn]}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        restored = CupyRandom(self._device, state["entropy"])
+        restored._start(state["starts"])
+        for high, count in state["drawn"]:
+            restored._draw(high, count)
+        vars(self).update(vars(restored))
 
 
 def _taken_over(array: Any) -> Array:

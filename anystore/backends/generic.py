@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, resolve_device
+from anystore.backends.random import HostRandom, Random
 from anystore.rows import Rows, basic_index
 
 __all__ = ["GenericBackend"]
@@ -97,6 +98,10 @@ class GenericBackend(Backend):
         if array.device != self._device:
             array = array.to_device(self._device)
         return self._xp.astype(array, dtype, copy=False)
+
+    def random(self, seed: int | None = None) -> Random:
+        floats = np.float64 if "float64" in self._dtypes else np.float32
+        return HostRandom(self, seed, self._index_dtype, floats)
 
     def writable(self, array: Array) -> bool:
         return super().writable(array) and array.device == self._device

@@ -14,6 +14,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
+from anystore.backends.random import Random, refused, seed_sequence
 from anystore.convert import library_of, to_numpy
 from anystore.rows import Rows, last_writes, leading_shape
 
@@ -154,6 +155,14 @@ class JaxBackend(Backend):
     def array(self, buffer: _Cell) -> jax.Array:
         return buffer.array
 
+    def put(self, array: jax.Array, places: Any, values: Any) -> jax.Array:
+        cell = _Cell(array)
+        self.scatter([cell], self.as_rows(places), [values])
+        return cell.array
+
+    def random(self, seed: int | None = None) -> Random:
+        return JaxRandom(self._device, seed)
+
     def writable(self, array: Any) -> bool:
         return False
 
@@ -164,6 +173,72 @@ class JaxBackend(Backend):
         if "bytes_limit" not in stats:
             return None
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+class JaxRandom(Random):
+    """Keys of JAX's own generator, Threefry; each draw splits the one that is there.
+
+    Notes
+    -----
+    Every method is compiled once per number of draws, `permutation` once per `high`.
+    """
+
+    kind = "jax"
+
+    def __init__(self, device: jax.Device, seed: int | None) -> None:
+        self._device = device
+        self._key = jax.device_put(seed_sequence(seed).generate_state(2, np.uint32), device)
+
+    def integers(self, high: int, count: int) -> jax.Array:
+        if high <= 0 or count < 0:
+            raise refused(high, count)
+        return self._go_on(_draw_integers(self._key, high, count))
+
+    def uniform(self, count: int) -> jax.Array:
+        if count < 0:
+            raise refused(1, count)
+        return self._go_on(_draw_uniform(self._key, count))
+
+    def permutation(self, high: int) -> jax.Array:
+        if high <= 0:
+            raise refused(high, 0)
+        return self._go_on(_draw_permutation(self._key, high))
+
+    def _go_on(self, drawn: tuple[jax.Array, jax.Array]) -> jax.Array:
+        self._key, array = drawn
+        return array
+
+    def _state(self) -> dict[str, Any]:
+        return {"key": np.asarray(self._key).tolist()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        first, second = state["key"]
+        self._key = jax.device_put(np.array([first, second], np.uint32), self._device)
+
+
+def _split(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The bits of the key that follows, and a key to draw with."""
+    # By name, since users choose what JAX's default is.
+    following, own = jax.random.split(jax.random.wrap_key_data(key, impl="threefry2x32"))
+    return jax.random.key_data(following), own
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draw_integers(key: jax.Array, high: Any, count: int) -> tuple[jax.Array, jax.Array]:
+    following, own = _split(key)
+    return following, jax.random.randint(own, (count,), 0, high, jax.dtypes.canonicalize_dtype(np.int64))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_uniform(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    following, own = _split(key)
+    return following, jax.random.uniform(own, (count,), jax.dtypes.canonicalize_dtype(np.float64))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_permutation(key: jax.Array, high: int) -> tuple[jax.Array, jax.Array]:
+    following, own = _split(key)
+    return following, jax.random.permutation(own, jnp.arange(high))
 
 
 def _setting(name: str) -> Any:

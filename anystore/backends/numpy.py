@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import mmap
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from anystore import moves
 from anystore.backends.base import Array, Backend, resolve_device
+from anystore.backends.random import NumpyRandom, Random
 from anystore.rows import Rows, basic_index
 
 __all__ = ["NumpyBackend", "zeros"]
@@ -31,8 +33,7 @@ class NumpyBackend(Backend):
 
     @property
     def xp(self) -> ModuleType:
-        # As long to import as NumPy itself, and needed by those who ask for it only.
-        return importlib.import_module("array_api_compat.numpy")
+        return _namespace()
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -65,11 +66,23 @@ class NumpyBackend(Backend):
     def from_numpy(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
 
+    def host_arrays(self, buffers: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        return list(buffers)
+
     def move(self, array: Array, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.asarray(array, dtype)
 
+    def random(self, seed: int | None = None) -> Random:
+        return NumpyRandom(seed)
+
     def writable(self, array: Array) -> bool:
         return type(array) is np.ndarray and array.flags.writeable
+
+
+@functools.cache
+def _namespace() -> ModuleType:
+    # As long to import as NumPy itself, and needed by those who ask for it only.
+    return importlib.import_module("array_api_compat.numpy")
 
 
 def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

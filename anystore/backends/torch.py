@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from anystore import moves
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.numpy import zeros
+from anystore.backends.random import Random, refused, seed_sequence
 from anystore.rows import Rows, basic_index, last_writes
 from anystore.specs import is_extension
 
@@ -129,6 +131,9 @@ class TorchBackend(Backend):
     def move(self, array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return array.detach().to(self._device, dtype)
 
+    def random(self, seed: int | None = None) -> Random:
+        return TorchRandom(self._device, seed)
+
     def views(self, rows: Rows) -> bool:
         # torch has no negative strides.
         return super().views(rows) and not (isinstance(rows, range) and rows.step < 0)
@@ -137,6 +142,12 @@ class TorchBackend(Backend):
         if not isinstance(array, torch.Tensor) or array.layout is not torch.strided:
             return False
         return array.device == self._device and not array.requires_grad
+
+    def stream(self) -> AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return super().stream()
+        stream: Any = torch.cuda.stream(torch.cuda.current_stream(self._device))
+        return stream  # type: ignore[no-any-return]
 
     def free_memory(self) -> int | None:
         kind, _ = parse_device(self.device)
@@ -148,6 +159,38 @@ class TorchBackend(Backend):
         """The rows as a flat tensor on the device, and the shape that they had."""
         array = np.asarray(rows, np.intp)
         return torch.from_numpy(array.reshape(-1)).to(self._device), array.shape
+
+
+class TorchRandom(Random):
+    """A torch.Generator on a device."""
+
+    def __init__(self, device: torch.device, seed: int | None) -> None:
+        self.kind = f"torch on {device.type}"
+        self._device = device
+        self._float_dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(int(seed_sequence(seed).generate_state(1, np.uint64)[0]))
+
+    def integers(self, high: int, count: int) -> torch.Tensor:
+        if high <= 0 or count < 0:
+            raise refused(high, count)
+        return torch.randint(high, (count,), generator=self._generator, dtype=torch.int64, device=self._device)
+
+    def uniform(self, count: int) -> torch.Tensor:
+        if count < 0:
+            raise refused(1, count)
+        return torch.rand(count, generator=self._generator, dtype=self._float_dtype, device=self._device)
+
+    def permutation(self, high: int) -> torch.Tensor:
+        if high <= 0:
+            raise refused(high, 0)
+        return torch.randperm(high, generator=self._generator, dtype=torch.int64, device=self._device)
+
+    def _state(self) -> dict[str, Any]:
+        return {"state": bytes(self._generator.get_state().tolist()).hex()}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(torch.tensor(list(bytes.fromhex(state["state"])), dtype=torch.uint8, device="cpu"))
 
 
 class TorchHostBackend(TorchBackend):
@@ -191,6 +234,9 @@ class TorchHostBackend(TorchBackend):
                 return False
             arrays.append(leaf)
         return moves.scatter(_arrays(buffers), rows, arrays)
+
+    def host_arrays(self, buffers: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
+        return _arrays(buffers)
 
 
 class _HostTensors(list[torch.Tensor]):

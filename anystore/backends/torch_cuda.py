@@ -127,6 +127,9 @@ class TorchCudaBackend(TorchBackend):
         checked: Rows = rows
         return checked
 
+    def as_rows(self, array: torch.Tensor) -> Any:
+        return array.to(torch.int64).contiguous()
+
     def _order(self, rows: Rows) -> Any:
         """For each row the last of its values, where the rows are; None where each is there once."""
         if isinstance(rows, np.ndarray):

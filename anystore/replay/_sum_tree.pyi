@@ -1,0 +1,6 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+def add_up(levels: list[NDArray[Any]], rows: NDArray[Any]) -> None: ...
+def find(levels: list[NDArray[Any]], uniforms: NDArray[Any]) -> NDArray[Any]: ...

@@ -1,0 +1,635 @@
+"""ReplayBuffer: a ring of items on a storage, and samples of them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from anystore.backends import Backend, select_backend
+from anystore.backends.base import Array
+from anystore.convert import is_array, to_numpy
+from anystore.nests import Nest, label
+from anystore.plan import as_capacity
+from anystore.replay.lanes import Lanes
+from anystore.replay.layouts import Plain
+from anystore.replay.ring import Ring
+from anystore.replay.samplers import Prioritized, Sampler, Uniform, as_priorities
+from anystore.replay.shared import Shared
+from anystore.replay.sum_tree import float_dtype
+from anystore.replay.windows import Windows
+from anystore.specs import as_dtype
+from anystore.storage import Storage
+from anystore.values import Casting
+
+__all__ = ["ReplayBuffer", "Sample"]
+
+AtEnd = Literal["cross", "pad", "whole"]
+Usable = Callable[[Array], Array]
+
+_ROUNDS = 8
+"""How often draws that are of no use are made anew, before all items are looked at for those that are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What `ReplayBuffer.sample` returns: arrays of the buffer's library, on its device, of memory of their own.
+
+    Attributes
+    ----------
+    items : nest of arrays
+        Of the types of the spec. Each leaf has ``(batch_size,)`` in front, for windows ``(batch_size, num_steps)``.
+    rows : array of integers, shape (batch_size,)
+        Which items they are, or which ones the windows begin with; for `ReplayBuffer.update_priorities`. They are
+        running numbers: ``rows % capacity`` are the rows of the storage.
+    weights : array of floats, shape (batch_size,), or None
+        Importance weights, the largest of them 1; None where all are as likely.
+    mask : array of bool, shape (batch_size, num_steps), or None
+        Which steps of padded windows are real.
+    discounts : array of floats, shape (batch_size,), or None
+        For n-step returns, what the value of the following observation counts: the discount to the power of the number
+        of steps, 0 where the episode terminated.
+    """
+
+    items: Any
+    rows: Array
+    weights: Array | None = None
+    mask: Array | None = None
+    discounts: Array | None = None
+
+
+class ReplayBuffer:
+    """The newest items that were added, in a ring of rows, and samples of them on the device where they are.
+
+    Parameters
+    ----------
+    data_spec : nest of specs
+        What an item looks like, as for `Storage`.
+    capacity : int
+        How many items are kept.
+    sampler : Sampler, optional
+        Which items are drawn: `Uniform` (the default), `Prioritized`, `Recent` or one of your own.
+    lanes : int, default 1
+        How many environments the items come from, in turn: windows and n-step returns never mix them.
+    shared : mapping of str to str, optional
+        Parts that are not stored, since they are what another part is in the next item: ``{"next_obs": "obs"}``. What
+        follows the last item of an episode is kept, and so is what follows an item whose successor turns out not to
+        go on from it. A sample holds them all as they were added.
+    stacks : mapping of str to int, optional
+        Leaves that are stacks of successive frames, newest last, and the axis of the stack in the shape of the leaf:
+        ``{"obs": 0}``. They are stored frame by frame, and put together when sampled, just as they were added. While
+        an episode that has lost its first items to the ring goes on, so many of its oldest items are not sampled as
+        frames are missing.
+    reward, terminated, truncated, following : str, optional
+        Where these are in an item: the leaf of the reward; the bool leaves that say that the episode ended with it or
+        was broken off after it; the part that is the observation after it. By default the parts of the names
+        "reward", "terminated", "truncated", "next_obs", where there are such. Samplers that need one say so.
+    backend, device, casting
+        As for `Storage`.
+    seed : int, optional
+        What the draws follow from: the same seed gives the same draws on the same backend.
+
+    Raises
+    ------
+    ValueError, ImportError, MemoryError
+        As `Storage`; and if there are not enough rows for the lanes, or a path is not in the spec.
+
+    Notes
+    -----
+    Every method holds `lock` while it works, so any number of threads may add and sample: an item is sampled whole or
+    not at all. Hold it yourself to do several things as one. What a sample holds is a copy that nobody changes. Read
+    `storage` only under the lock.
+
+    A write that is refused changes nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anystore import ArraySpec
+    >>> from anystore.replay import ReplayBuffer
+    >>> spec = {"obs": ArraySpec((4,), "float32"), "reward": ArraySpec((), "float32")}
+    >>> buffer = ReplayBuffer(spec, capacity=1000, seed=0)
+    >>> buffer.extend({"obs": np.ones((64, 4), np.float32), "reward": np.zeros(64, np.float32)})
+    >>> len(buffer), buffer.sample(32, num_steps=8).items["obs"].shape
+    (64, (32, 8, 4))
+    """
+
+    def __init__(
+        self,
+        data_spec: Any,
+        capacity: int,
+        *,
+        sampler: Sampler | None = None,
+        lanes: int = 1,
+        shared: Mapping[str, str] | None = None,
+        stacks: Mapping[str, int] | None = None,
+        reward: str | None = None,
+        terminated: str | None = None,
+        truncated: str | None = None,
+        following: str | None = None,
+        backend: Any = "numpy",
+        device: Any = None,
+        casting: Casting = "same_kind",
+        seed: int | None = None,
+    ) -> None:
+        capacity = as_capacity(capacity)
+        if isinstance(lanes, bool) or not isinstance(lanes, int) or not 1 <= lanes <= capacity:
+            raise ValueError(f"expected from 1 to {capacity} lanes, as many as rows at most, found {lanes!r}")
+        self.lock = threading.RLock()
+        self._nest = Nest(data_spec)
+        self._backend = select_backend(backend, device)
+        self._ring = Ring(capacity)
+        self._lanes = Lanes(lanes, self._ring, self._backend)
+        self._reward = self._find(reward, "reward", None)
+        self._terminated = self._find(terminated, "terminated", "bool")
+        self._truncated = self._find(truncated, "truncated", "bool")
+        ends = [path for path in (self._terminated, self._truncated) if path is not None]
+        self._following = self._paths_after(following, shared or {})
+        options: dict[str, Any] = {"backend": self._backend, "casting": casting}
+        self._parts = {
+            "shared": dict(shared or {}),
+            "stacks": dict(stacks or {}),
+            "reward": self._reward,
+            "terminated": self._terminated,
+            "truncated": self._truncated,
+            "following": following,
+        }
+        self._layout: Plain
+        if shared or stacks:
+            self._layout = Shared(self._nest, self._ring, self._lanes, shared or {}, stacks or {}, ends, options)
+        else:
+            self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, ends)
+        self._windows = Windows(self._layout, self._lanes, self._backend)
+        self._random = self._backend.random(seed)
+        self.sampler = Uniform() if sampler is None else sampler
+        self.sampler.open(capacity, self._backend, self._random)
+        # So that running numbers fit into what the library counts in; a multiple of the capacity.
+        most = 2**63 if float_dtype(self._backend).itemsize == 8 else 2**31
+        self._period = capacity * (most // capacity - 1) or capacity
+        self._sampled = 0
+
+    # Where things are -----------------------------------------------------------------------------------------------
+
+    def _find(self, path: str | None, default: str, dtype: str | None) -> str | None:
+        """The path of a leaf as the user gave it, or the default where there is such a leaf."""
+        if path is None:
+            path = default
+            if path not in self._nest.paths or (
+                dtype and self._nest.specs[self._nest.paths.index(path)].dtype != dtype
+            ):
+                return None
+        if path not in self._nest.paths:
+            raise ValueError(f"{path!r} is no leaf of the spec; there are {', '.join(map(label, self._nest.paths))}")
+        spec = self._nest.specs[self._nest.paths.index(path)]
+        if dtype is not None and (spec.dtype != dtype or spec.shape != ()):
+            raise ValueError(f"{label(path)}: expected a flag, ArraySpec((), {dtype!r}), found {spec}")
+        return path
+
+    def _paths_after(self, following: str | None, shared: Mapping[str, str]) -> tuple[str, ...]:
+        """The paths of the leaves of what follows an item."""
+        parts = list(shared) if following is None else [following]
+        parts = parts or ["next_obs"]
+        found = tuple(path for path in self._nest.paths for part in parts if below(path, part))
+        if following is not None and not found:
+            raise ValueError(f"{following!r} is not in the spec; there are {', '.join(map(label, self._nest.paths))}")
+        return found
+
+    @property
+    def data_spec(self) -> Any:
+        """The nest of `ArraySpec` that items are instances of, in containers of its own."""
+        return self._nest.pack(self._nest.specs)
+
+    @property
+    def capacity(self) -> int:
+        """How many items are kept."""
+        return self._ring.capacity
+
+    @property
+    def lanes(self) -> int:
+        """How many environments the items come from."""
+        return self._lanes.count
+
+    @property
+    def backend(self) -> Backend:
+        """The array library and device."""
+        return self._backend
+
+    @property
+    def device(self) -> str:
+        """Where the items are: "cpu", "cuda:0", ..."""
+        return self._backend.device
+
+    @property
+    def storage(self) -> Storage:
+        """What the items are in, as they are stored: without what is shared, stacks as frames. To be read only."""
+        return self._layout.storages["items"]
+
+    @property
+    def size(self) -> int:
+        """How many items are there."""
+        return len(self._ring.items)
+
+    @property
+    def total_added(self) -> int:
+        """How many items were ever added."""
+        return self._ring.total
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all that items are stored in, without what a sampler keeps."""
+        return sum(storage.nbytes for storage in self._storages().values())
+
+    def _storages(self) -> dict[str, Storage]:
+        """All storages that items are in, by name."""
+        distances = self._lanes.distances
+        return {**self._layout.storages, **({} if distances is None else {"distances": distances})}
+
+    def _state(self) -> dict[str, Any]:
+        """All that the buffer goes on from, but for its storages: numbers, strings, and NumPy arrays by name."""
+        return {
+            "options": {**self._parts, "lanes": self._lanes.count},
+            "ring": self._ring.state(),
+            "lanes": self._lanes.state(),
+            "layout": self._layout.state(),
+            "sampler": self.sampler.state(self._ring.items),
+            "random": self._random.state(),
+            "sampled": self._sampled,
+        }
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __repr__(self) -> str:
+        head = f"{len(self)} of {self.capacity} items, {self.total_added} added, on {self.device}"
+        return f"ReplayBuffer({head}, {type(self.sampler).__name__})\n{self.storage!r}"
+
+    # Writing --------------------------------------------------------------------------------------------------------
+
+    def add(self, item: Any) -> None:
+        """Add an item; with lanes, one of each: a batch of as many items as lanes.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            As `Storage.set`; nothing has changed then.
+        """
+        if self._lanes.count > 1:
+            if (count := self._count(item)) != self._lanes.count:
+                raise ValueError(f"expected an item of each of {self._lanes.count} lanes, found {count} items")
+            self.extend(item)
+            return
+        with self.lock:
+            self._layout.write_one(item)
+            self._advance(1)
+
+    def extend(self, batch: Any, *, lanes: Any = None) -> None:
+        """Add a batch of items, oldest first.
+
+        Parameters
+        ----------
+        batch : nest
+            As `Storage.set` takes it: each leaf has an axis of items in front, any number of them. With several lanes
+            that is whole steps, an item of each lane in turn.
+        lanes : sequence of int, or mask over the lanes, optional
+            For a step of some of the lanes: those that the items are of, one for each item.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            As `Storage.set`, or if the lanes are not right; nothing has changed then.
+        """
+        count = self._count(batch)
+        with self.lock:
+            of_items = self._lanes.of_batch(count, lanes)
+            for part, number in self._layout.admit(batch, count) if count else ():
+                self._layout.write(part, number, of_items)
+                self._lanes.added(number, of_items)
+                self._advance(number)
+
+    def _advance(self, count: int) -> None:
+        self._ring.advance(count)
+        newest = min(count, self._ring.capacity)
+        self.sampler.added(range(self._ring.total - newest, self._ring.total))
+
+    def _count(self, batch: Any) -> int:
+        """How many items a batch has."""
+        for leaf, spec in zip(self._nest.flatten(batch), self._nest.specs):
+            shape = leaf.shape if is_array(leaf) else np.shape(leaf)
+            if len(shape) == len(spec.shape) + 1:
+                return int(shape[0])
+        paths = ", ".join(map(label, self._nest.paths))
+        raise ValueError(f"expected a batch, an axis of items in front of each leaf, found none in {paths}")
+
+    def end_episode(self, lanes: Any = None) -> None:
+        """Let the episodes of these lanes, or of all, end with their newest items, as if these had been truncated.
+
+        For an environment that is reset, or left, before its episode is over.
+
+        Raises
+        ------
+        ValueError
+            If the spec has no flag for it, or the lanes are not right.
+        """
+        with self.lock:
+            if not self._layout.knows_ends:
+                raise ValueError('no leaf tells where episodes end; give the spec a bool leaf "truncated", or name it')
+            chosen = np.arange(self._lanes.count) if lanes is None else np.asarray(lanes, np.intp)
+            if chosen.size and (chosen.min() < 0 or chosen.max() >= self._lanes.count):
+                raise ValueError(f"expected lanes below {self._lanes.count}, found {chosen.tolist()}")
+            self._layout.end(chosen)
+
+    def clear(self) -> None:
+        """Forget all items; `total_added` goes on from where it is, and settings and generator stay as they are."""
+        with self.lock:
+            self._ring.clear()
+            self._lanes.clear()
+            self._layout.clear()
+            self.sampler.clear()
+
+    # Sampling -------------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        num_steps: int | None = None,
+        at_end: AtEnd = "cross",
+        n_step: int | None = None,
+        discount: float = 0.99,
+    ) -> Sample:
+        """Items, windows of items, or items with n-step returns, drawn by the sampler.
+
+        Parameters
+        ----------
+        batch_size : int
+            How many.
+        num_steps : int, optional
+            For windows: how many successive items of one lane each has. None reaches across the head of the ring.
+        at_end : {"cross", "pad", "whole"}, default "cross"
+            What a window does at the end of an episode. "cross": it goes on with the next one. "pad": it ends, its
+            last item is repeated, and `Sample.mask` tells; it does the same at the newest item of its lane. "whole":
+            it is not drawn; only windows within an episode are, each with the same chance among these.
+        n_step : int, optional
+            For n-step returns: each item stands for so many successive steps, or for fewer where the episode or the
+            lane's newest item ends them. Its reward is the discounted sum of theirs, what follows it and its flags are
+            those of the last one, and `Sample.discounts` is what the value of the following observation counts: not
+            cut at truncation, 0 at termination.
+        discount : float, default 0.99
+            What a reward one step later counts.
+
+        Returns
+        -------
+        Sample
+
+        Raises
+        ------
+        ValueError
+            If there is nothing to draw from, or not enough; if the spec has no leaf for what is asked.
+
+        Notes
+        -----
+        n-step returns: Sutton and Barto, "Reinforcement Learning: An Introduction" (2018), section 7.1.
+        """
+        _check_counts(batch_size, num_steps, n_step)
+        if at_end not in ("cross", "pad", "whole"):
+            raise ValueError(f'expected at_end to be "cross", "pad" or "whole", found {at_end!r}')
+        with self.lock:
+            items = self._ring.items
+            candidates, usable = self._choice(items, num_steps or 1, at_end if num_steps else "cross")
+            drawn = self._draw(batch_size, candidates, usable)
+            self._sampled += batch_size
+            return self._sample_of(drawn, candidates, items, num_steps, at_end, n_step, discount)
+
+    def one_pass(
+        self,
+        batch_size: int,
+        *,
+        num_steps: int | None = None,
+        at_end: AtEnd = "cross",
+        n_step: int | None = None,
+        discount: float = 0.99,
+    ) -> Iterator[Sample]:
+        """Every item, or window, that is there now, once, in random order; the last batch may be smaller.
+
+        Takes what `sample` takes; the sampler has no part in it. Items that are overwritten before their turn has come
+        are left out.
+        """
+        _check_counts(batch_size, num_steps, n_step)
+        with self.lock:
+            candidates, usable = self._choice(self._ring.items, num_steps or 1, at_end if num_steps else "cross")
+            start = candidates.start
+            order = to_numpy(self._random.permutation(len(candidates)))
+            if usable is not None:
+                every = self._backend.from_numpy(np.arange(len(candidates)))
+                order = order[to_numpy(usable(every))[order]]
+        return self._pass_through(order + start, batch_size, num_steps, at_end, n_step, discount)
+
+    def _pass_through(self, numbers: Any, batch_size: int, *how: Any) -> Iterator[Sample]:
+        for position in range(0, len(numbers), batch_size):
+            with self.lock:
+                items = self._ring.items
+                there = numbers[position : position + batch_size]
+                there = there[there >= items.start + self._margin(items)]
+                if len(there) == 0:
+                    continue
+                self._sampled += len(there)
+                drawn = self._backend.from_numpy(there - items.start)
+                sample = self._sample_of(drawn, items, items, *how, weighted=False)
+            yield sample
+
+    def _margin(self, items: range) -> int:
+        """How many of the oldest items may be unreadable: their frames may be overwritten."""
+        return self._layout.margin * self._lanes.count if self._ring.overwrote else 0
+
+    def _choice(self, items: range, num_steps: int, at_end: AtEnd) -> tuple[range, Usable | None]:
+        """The items to draw from, and what tells which of them are of use; None if all are."""
+        if not items:
+            raise ValueError("the buffer is empty; add items before sampling")
+        newest = 0 if at_end == "pad" else (num_steps - 1) * self._lanes.count
+        oldest = self._margin(items)
+        candidates = range(items.start + oldest, max(items.start + oldest, items.stop - newest))
+        if not candidates:
+            raise ValueError(
+                f"{len(items)} items of {self._lanes.count} lane(s) hold no window of {num_steps} steps that can be "
+                "drawn; add more, or ask for fewer steps"
+            )
+        tests = []
+        if (whole := self._windows.whole(num_steps, at_end, items)) is not None:
+            tests.append(whole)
+        if oldest and not self._lanes.in_step:
+            tests.append(lambda places: self._layout.whole(places, items))
+        if not tests:
+            return candidates, None
+        return candidates, lambda places: functools.reduce(operator.and_, [test(places + oldest) for test in tests])
+
+    def _draw(self, count: int, items: range, usable: Usable | None) -> Array:
+        """Places of items that the sampler draws and that are of use."""
+        sampler = self.sampler
+        if sampler.distinct and 2 * count > len(items):
+            return self._draw_exactly(count, items, usable)
+        places = sampler.draw(count, items)
+        if sampler.inside and usable is None and not sampler.distinct:
+            return places
+        for _ in range(_ROUNDS):
+            bad = self._useless(places, items, usable)
+            if bad is None:
+                return places
+            places = self._backend.put(places, bad, sampler.draw(bad.shape[0], items))
+        return self._draw_exactly(count, items, usable)
+
+    def _useless(self, places: Array, items: range, usable: Usable | None) -> Array | None:
+        """The positions of the draws to be made anew, or None."""
+        xp = self._backend.xp
+        good = (places >= 0) & (places < len(items))
+        if usable is not None:
+            good = good & usable(xp.where(good, places, xp.zeros_like(places)))
+        if self.sampler.distinct:
+            good = good & ~_repeated(places, xp)
+        return None if bool(xp.all(good)) else xp.nonzero(~good)[0]
+
+    def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
+        """The same by a look at every item."""
+        xp = self._backend.xp
+        places = self._backend.from_numpy(np.arange(len(items)))
+        chances = self.sampler.chances(places, items)
+        good = chances > 0 if chances is not None else places >= 0
+        good = good if usable is None else good & usable(places)
+        places = xp.nonzero(good)[0]
+        found = places.shape[0]
+        if found == 0:
+            raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
+        if self.sampler.distinct:
+            if count > found:
+                raise ValueError(f"expected at most {found} draws without replacement, found {count}")
+            return xp.take(places, self._random.permutation(found)[:count], axis=0)
+        if chances is None:
+            return xp.take(places, self._random.integers(found, count), axis=0)
+        sums = xp.cumulative_sum(xp.take(chances, places, axis=0))
+        chosen = xp.searchsorted(sums, self._random.uniform(count) * sums[-1], side="right")
+        return xp.take(places, xp.minimum(chosen, xp.full_like(chosen, found - 1)), axis=0)
+
+    def _sample_of(
+        self,
+        drawn: Array,
+        candidates: range,
+        items: range,
+        num_steps: int | None,
+        at_end: AtEnd,
+        n_step: int | None,
+        discount: float,
+        *,
+        weighted: bool = True,
+    ) -> Sample:
+        """The items that were drawn, by their places among the candidates."""
+        weights = self.sampler.weights(drawn, candidates) if weighted else None
+        shift = candidates.start - items.start
+        places = drawn + shift if shift else drawn
+        rows = places + items.start % self._period if items.start else places
+        if items.start % self._period + len(items) > self._period:
+            rows = rows % self._period
+        if n_step is not None:
+            merged, discounts = self._merged(places, items, n_step, discount)
+            return Sample(merged, rows, weights, discounts=discounts)
+        if num_steps is None:
+            return Sample(self._layout.read(places, items), rows, weights)
+        steps, mask = self._windows.steps(places, items, num_steps, at_end)
+        return Sample(self._layout.read(steps, items), rows, weights, mask if at_end == "pad" else None)
+
+    def _merged(self, places: Array, items: range, n_step: int, discount: float) -> tuple[Any, Array]:
+        """Items that stand for `n_step` steps each, and what the value after them counts."""
+        if self._reward is None:
+            raise ValueError('n-step returns need a reward; name its leaf: ReplayBuffer(..., reward="path")')
+        if self._terminated is None:
+            raise ValueError('n-step returns need a bool leaf "terminated"; name it: ReplayBuffer(..., terminated=...)')
+        steps, mask = self._windows.steps(places, items, n_step, "pad")
+        last = steps[:, -1]
+        flags = tuple(path for path in (self._terminated, self._truncated) if path is not None)
+        parts = self._layout.read(last, items, (*self._following, *flags))
+        rewards = self._layout.read(steps, items, (self._reward,))[self._reward]
+        parts[self._reward], discounts = self._windows.returns(rewards, mask, parts[self._terminated], discount)
+        leaves = self._nest.flatten(self._layout.read(places, items))
+        merged = [parts.get(path, leaf) for path, leaf in zip(self._nest.paths, leaves)]
+        return self._nest.pack(merged), discounts
+
+    def update_priorities(self, rows: Array, priorities: Any) -> int:
+        """Give items that were sampled new priorities; those that are gone since are left out.
+
+        Parameters
+        ----------
+        rows : array of integers, shape (n,)
+            `Sample.rows`. Of several priorities for one item the last stays.
+        priorities : array of floats, shape (n,)
+            At least 0, such as the magnitude of a temporal-difference error; of any library.
+
+        Returns
+        -------
+        int
+            How many rows still held the item that was sampled.
+
+        Raises
+        ------
+        ValueError
+            For priorities that are negative, infinite or NaN, or not as many as rows; nothing has changed then.
+        TypeError
+            If the sampler has no priorities, or the rows are no integers.
+        """
+        backend, xp = self._backend, self._backend.xp
+        with self.lock:
+            numbers = self._as_numbers(rows)
+            values = as_priorities(priorities, numbers.shape[0], backend)
+            items = self._ring.items
+            there = (self._ring.total % self._period - 1 - numbers) % self._period < len(items)  # an item's age
+            if not bool(xp.all(there)):
+                kept = xp.nonzero(there)[0]
+                numbers, values = xp.take(numbers, kept, axis=0), xp.take(values, kept, axis=0)
+            if numbers.shape[0]:
+                self.sampler.update(numbers % self._ring.capacity, values)
+            return int(numbers.shape[0])
+
+    def _as_numbers(self, rows: Any) -> Array:
+        """Running numbers as a user gave them, on the device."""
+        array = rows if is_array(rows) else np.asarray(rows)
+        if len(array.shape) != 1 or as_dtype(array.dtype).kind not in "iu":
+            raise TypeError(f"expected rows as in Sample.rows, a flat array of integers, found {rows!r:.80}")
+        brought = self._backend.bring(array, self._windows.index_dtype)
+        return self._backend.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
+
+    @property
+    def priorities(self) -> Array:
+        """The priorities of all items, oldest first, where the sampler is `Prioritized`.
+
+        Raises
+        ------
+        TypeError
+            If it is another.
+        """
+        with self.lock:
+            if not isinstance(self.sampler, Prioritized):
+                raise TypeError(f"a {type(self.sampler).__name__} sampler has no priorities; use Prioritized")
+            return self.sampler.priorities(self._ring.items)
+
+
+def below(path: str, part: str) -> bool:
+    """Whether the leaf at `path` is, or is in, the part of the nest at `part`."""
+    return path == part or path.startswith(f"{part}/") or part == ""
+
+
+def _check_counts(batch_size: int, num_steps: int | None, n_step: int | None) -> None:
+    for name, count in (("batch_size", batch_size), ("num_steps", num_steps), ("n_step", n_step)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"expected a {name} of 1 or more, found {count!r}")
+    if num_steps is not None and n_step is not None:
+        raise ValueError("expected num_steps for windows or n_step for n-step returns, found both")
+
+
+def _repeated(places: Array, xp: Any) -> Array:
+    """Whether each place is there before."""
+    order = xp.argsort(places, stable=True)
+    ordered = xp.take(places, order, axis=0)
+    same = xp.concat([xp.zeros_like(ordered[:1], dtype=xp.bool), ordered[1:] == ordered[:-1]])
+    return xp.take(same, xp.argsort(order), axis=0)

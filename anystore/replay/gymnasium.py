@@ -1,0 +1,462 @@
+"""What Gymnasium's environments return, as transitions in a replay buffer: each true, none across a reset.
+
+Gymnasium itself is imported only where an environment does not say itself how it is reset.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from array_api_compat import array_namespace, device
+from numpy.typing import DTypeLike, NDArray
+
+from anystore.backends.base import Array
+from anystore.convert import is_array, to_numpy
+from anystore.nests import Nest, children, label, map_leaves
+from anystore.replay.buffer import ReplayBuffer
+from anystore.specs import ArraySpec, as_dtype, kind_of, understand
+
+__all__ = ["Recorder", "transition_spec"]
+
+Autoreset = Literal["next_step", "same_step", "disabled"]
+
+_AUTORESETS: tuple[Autoreset, ...] = ("next_step", "same_step", "disabled")
+_FLAGS = ("terminated", "truncated")
+_PARTS = ("obs", "action", "reward", "next_obs", *_FLAGS)
+
+
+def transition_spec(env: Any, *, reward: DTypeLike = "float32", floats: DTypeLike | None = None) -> dict[str, Any]:
+    """The spec of the transitions of an environment, or of those of a vector environment.
+
+    Parameters
+    ----------
+    env : gymnasium.Env or gymnasium.vector.VectorEnv
+        Its spaces may be Box, Discrete, MultiDiscrete and MultiBinary, and Dict and Tuple of these in any depth.
+    reward : dtype-like, default "float32"
+        The dtype of rewards, of which an environment says nothing.
+    floats : dtype-like, optional
+        The dtype of all floats in observations and actions; None keeps those of the spaces. For environments with
+        observations of float64 that should take half the memory, or go to a library that has no float64.
+
+    Returns
+    -------
+    dict
+        Of the parts "obs", "action", "reward", "next_obs", "terminated" and "truncated", with an `ArraySpec` at each
+        leaf, to be changed as you like. The dtypes are those of the spaces, but that integers of 64 bits whose range
+        the space tells (Discrete, MultiDiscrete) have 32 if these are enough: every library has those.
+
+    Raises
+    ------
+    ValueError
+        If a space has elements of no fixed shape (with its path).
+    """
+    spaces = _spaces(env)
+    Nest(spaces)  # which refuses what cannot be stored, with its path
+    obs, action = (_narrowed(spaces[part], None if floats is None else as_dtype(floats)) for part in ("obs", "action"))
+    flag = ArraySpec((), "bool")
+    parts = (obs, action, ArraySpec((), reward), obs, flag, flag)
+    return dict(zip(_PARTS, parts))
+
+
+def _spaces(env: Any) -> dict[str, Any]:
+    """The spaces of a single environment."""
+    prefix = "" if _num_envs(env) is None else "single_"
+    obs = getattr(env, f"{prefix}observation_space")
+    return {"obs": obs, "action": getattr(env, f"{prefix}action_space"), "next_obs": obs}
+
+
+def _num_envs(env: Any) -> int | None:
+    """How many environments a vector environment has; None for a single environment."""
+    count = getattr(env, "num_envs", None)
+    return None if count is None else int(count)
+
+
+def _narrowed(space: Any, floats: np.dtype[Any] | None) -> Any:
+    """The nest of specs of a space, in the dtypes that `transition_spec` promises."""
+    spec = understand(space)
+    if not isinstance(spec, ArraySpec):
+        return map_leaves(lambda child: _narrowed(child, floats), spec)
+    if kind_of(spec.dtype) == 2 and floats is not None:
+        return spec.replace(dtype=floats)
+    least = np.asarray(getattr(space, "start", 0))
+    most = least + getattr(space, "n", getattr(space, "nvec", np.inf)) - 1
+    limits = np.iinfo(np.int32)
+    fits = bool(np.all((least >= limits.min) & (most <= limits.max)))
+    return spec.replace(dtype="int32") if spec.dtype == np.int64 and fits else spec
+
+
+class Recorder:
+    """Adds what an environment returns to a buffer: `reset` takes what ``env.reset`` returns, `step` what ``env.step``.
+
+    Parameters
+    ----------
+    buffer : ReplayBuffer
+        Of a spec as `transition_spec` makes it, in a dict, a namedtuple or a dataclass. Of its parts "action",
+        "reward" and "next_obs" may be missing; parts of other names are yours, and go to `step` by name. It has a lane
+        for each environment.
+    env : gymnasium.Env or gymnasium.vector.VectorEnv
+        The environment; its spaces are looked at, it is never called.
+    autoreset : {"next_step", "same_step", "disabled"} or gymnasium.vector.AutoresetMode, optional
+        When the environments are reset after the end of an episode: by the next step, whose action is ignored; within
+        the same step, with the final observation in ``infos["final_obs"]``; or by the caller only. None asks the
+        environment.
+
+    Attributes
+    ----------
+    episodes : int
+        How many episodes were recorded to their end.
+    returns, lengths : deque of float, deque of int
+        The sums of rewards, and numbers of steps, of the latest 100 of them, the latest last.
+
+    Raises
+    ------
+    ValueError
+        If the buffer has not a lane for each environment; if its spec does not fit the spaces, or has no flags
+        "terminated" and "truncated"; if a vector environment does not say how it is reset.
+
+    Notes
+    -----
+    What follows an item is always what the environment observed next in the same episode: the final observation at
+    its end, be that a termination or a truncation, and never the first one of the next episode. A step that only resets
+    an environment is not added. An episode that is broken off by a reset is marked as truncated.
+
+    A step that is refused changes nothing, in the buffer or the recorder. Observations are copied, so an environment may
+    write the next one over the last. One thread at a time may use a recorder; others may use its buffer meanwhile.
+
+    The modes are those of Gymnasium 1.1 and later, https://farama.org/Vector-Autoreset-Mode; Gymnasium 1.0 has only
+    "next_step".
+
+    Examples
+    --------
+    >>> import gymnasium
+    >>> from anystore.replay import ReplayBuffer
+    >>> from anystore.replay.gymnasium import Recorder, transition_spec
+    >>> env = gymnasium.make_vec("CartPole-v1", num_envs=8)
+    >>> buffer = ReplayBuffer(transition_spec(env), 10_000, lanes=8, shared={"next_obs": "obs"})
+    >>> recorder = Recorder(buffer, env)
+    >>> recorder.reset(*env.reset(seed=0))
+    >>> for _ in range(100):
+    ...     action = env.action_space.sample()
+    ...     recorder.step(action, *env.step(action))
+    >>> len(buffer) + recorder.episodes in range(800, 809)  # a step after each end only resets
+    True
+    """
+
+    def __init__(self, buffer: ReplayBuffer, env: Any, *, autoreset: Any = None) -> None:
+        count = _num_envs(env)
+        self.buffer = buffer
+        self.autoreset = _autoreset_of(env) if autoreset is None else _as_autoreset(autoreset)
+        self._lead = () if count is None else (count,)
+        if buffer.lanes != (count or 1):
+            raise ValueError(
+                f"expected a buffer of {count or 1} lane(s), one for each environment, found {buffer.lanes}; "
+                f"make it with ReplayBuffer(..., lanes={count or 1})"
+            )
+        spec = buffer.data_spec
+        self._nest = Nest(spec)
+        self._make: Any = dict if isinstance(spec, Mapping) else type(spec)
+        self._parts = children(spec)
+        self._others = set(self._parts) - set(_PARTS)
+        self._check_spec(env)
+        self._nest_of_obs = Nest(self._parts["obs"])
+        self._obs: Any = None
+        self._running = np.zeros(buffer.lanes, bool)
+        self._return = np.zeros(buffer.lanes)
+        self._length = np.zeros(buffer.lanes, int)
+        self.episodes = 0
+        self.returns: deque[float] = deque(maxlen=100)
+        self.lengths: deque[int] = deque(maxlen=100)
+
+    def _check_spec(self, env: Any) -> None:
+        advice = "transition_spec(env) is a spec that fits"
+        for part in ("obs", *_FLAGS):
+            if part not in self._parts:
+                raise ValueError(f"expected a part {part!r} in the spec, found {', '.join(self._parts)}; {advice}")
+        flag = ArraySpec((), "bool")
+        for part in _FLAGS:
+            if self._parts[part] != flag:
+                raise ValueError(f"{part}: expected {flag}, found {self._parts[part]}; {advice}")
+        spaces = _spaces(env)
+        of_spaces = Nest({part: spaces[part] for part in spaces if part in self._parts})
+        found = dict(zip(self._nest.paths, self._nest.specs))
+        for path, spec in zip(of_spaces.paths, of_spaces.specs):
+            other = found.pop(path, None)
+            casting = self.buffer.storage.casting
+            if other is None or other.shape != spec.shape or not np.can_cast(spec.dtype, other.dtype, casting):
+                raise ValueError(
+                    f"{label(path)}: expected {spec}, as the space of the environment has it, or a dtype that "
+                    f"casting={casting!r} makes of it, found {other or 'no such leaf'}; {advice}"
+                )
+        for path in found:
+            if path.partition("/")[0] in spaces:
+                raise ValueError(f"{label(path)}: the space of the environment has no such leaf; {advice}")
+
+    # What the environment returned ----------------------------------------------------------------------------------
+
+    def reset(self, obs: Any, info: Any = None, *, lanes: Any = None) -> None:
+        """Episodes begin: take what ``env.reset()`` returned, as in ``recorder.reset(*env.reset())``.
+
+        Parameters
+        ----------
+        obs : nest
+            The first observation; of a vector environment, with an axis of environments in front.
+        info : dict, optional
+            Not looked at.
+        lanes : sequence of int, or mask over the environments, optional
+            Those that were reset, if not all were, as by ``env.reset(options={"reset_mask": mask})``. What `obs` has
+            for the others is not looked at.
+
+        Raises
+        ------
+        ValueError
+            If the observation does not fit the spec, or the lanes are not among the environments.
+        """
+        leaves = self._checked(obs)
+        chosen = self._chosen(lanes)
+        if len(chosen) < len(self._running):
+            if self._obs is None:
+                raise ValueError("no environment was reset so far; reset all of them first, without lanes=")
+            rest = np.setdiff1d(np.arange(len(self._running)), chosen)
+            leaves = [_with_rows(new, rest, old[rest, ...]) for new, old in zip(leaves, self._obs)]
+        broken = chosen[self._running[chosen] & (self._length[chosen] > 0)]
+        if broken.size:
+            self.buffer.end_episode(broken)
+        self._obs = [_copy(leaf) for leaf in leaves]
+        self._running[chosen] = True
+        self._return[chosen] = 0.0
+        self._length[chosen] = 0
+
+    def step(
+        self, action: Any, obs: Any, reward: Any, terminated: Any, truncated: Any, info: Any = None, **others: Any
+    ) -> None:
+        """Add a transition of each environment: ``recorder.step(action, *env.step(action))``.
+
+        Parameters
+        ----------
+        action : nest
+            What ``env.step`` was called with.
+        obs, reward, terminated, truncated, info
+            What it returned; of arrays of any library, on any device.
+        **others : nest
+            The parts of the spec that are not Gymnasium's, as for `action`.
+
+        Raises
+        ------
+        ValueError
+            Before the first `reset`; after the end of an episode without one, if there is no autoreset; if something
+            does not fit the number of environments or the spec; if `info` lacks a final observation, or has one where
+            there should be none.
+        TypeError, OverflowError
+            As `ReplayBuffer.extend`.
+        """
+        ended = self._flags("terminated", terminated) | self._flags("truncated", truncated)
+        live = self._live()
+        if others.keys() != self._others:
+            raise ValueError(
+                f"expected the parts {sorted(self._others)} of the spec by name, found {sorted(others)} in others"
+            )
+        leaves = self._checked(obs)
+        following = self._following(leaves, ended, info)
+        parts = {"action": action, "reward": reward, "terminated": terminated, "truncated": truncated, **others}
+        parts |= {"obs": self._nest_of_obs.pack(self._obs), "next_obs": self._nest_of_obs.pack(following)}
+        self._add(self._make(**{name: parts[name] for name in self._parts}), live)
+        self._obs = [_copy(leaf) for leaf in leaves]
+        self._count(_host(reward), ended, live)
+
+    # Its parts ------------------------------------------------------------------------------------------------------
+
+    def _checked(self, obs: Any) -> list[Any]:
+        """The leaves of an observation, if they are of each environment."""
+        leaves = self._nest_of_obs.flatten(obs)
+        for path, leaf, spec in zip(self._nest_of_obs.paths, leaves, self._nest_of_obs.specs):
+            shape = _shape(leaf)
+            if shape != self._lead + spec.shape:
+                where = label(f"obs/{path}" if path else "obs")
+                raise ValueError(f"{where}: expected shape {self._lead + spec.shape}, found {shape}")
+        return leaves
+
+    def _chosen(self, lanes: Any) -> NDArray[np.intp]:
+        """The lanes that the user named, as integers."""
+        count = len(self._running)
+        if lanes is None:
+            return np.arange(count)
+        named = np.asarray(lanes)
+        if named.dtype == np.bool_ and named.shape == (count,):
+            return np.flatnonzero(named)
+        if named.size == 0:
+            return np.zeros(0, np.intp)
+        if named.dtype.kind not in "iu" or named.ndim != 1 or named.min() < 0 or named.max() >= count:
+            raise ValueError(f"expected lanes below {count}, or a mask of {count}, found {lanes!r:.80}")
+        return np.unique(named).astype(np.intp)
+
+    def _flags(self, name: str, flags: Any) -> NDArray[np.bool_]:
+        found = _host(flags)
+        if found.shape != self._lead:
+            raise ValueError(
+                f"{name}: expected shape {self._lead}, a flag for each environment, found {found.shape}"
+                if self._lead
+                else f"{name}: expected a flag, found an array of shape {found.shape}"
+            )
+        return found.reshape(-1).astype(bool)
+
+    def _live(self) -> NDArray[np.intp]:
+        """The environments that this step was one of an episode for, and not a reset."""
+        if self._obs is None:
+            raise ValueError("there is nothing to step from; call reset with what env.reset() returned first")
+        if self.autoreset == "disabled" and not self._running.all():
+            over = np.flatnonzero(~self._running).tolist() if self._lead else ""
+            raise ValueError(
+                f"the episode of environment(s) {over} is over, and nothing resets them; call env.reset, and this "
+                "recorder's reset with what that returned" + (", and lanes=" if self._lead else "")
+                if self._lead
+                else "the episode is over; call env.reset(), and this recorder's reset with what that returned"
+            )
+        return np.flatnonzero(self._running)
+
+    def _following(self, leaves: list[Any], ended: NDArray[np.bool_], info: Any) -> list[Any]:
+        """What was observed after the step, with final observations in the place of those that begin an episode."""
+        lanes = np.flatnonzero(ended)
+        if not lanes.size or "next_obs" not in self._parts:
+            return leaves
+        final = info.get("final_obs") if isinstance(info, Mapping) else None
+        if self.autoreset != "same_step":
+            if final is not None:
+                raise ValueError(
+                    f"autoreset is {self.autoreset!r}, yet the infos hold final_obs, as of an environment that is reset "
+                    'within the same step; pass autoreset="same_step"'
+                )
+            return leaves
+        rows = [self._nest_of_obs.flatten(self._final(final, info, lane)) for lane in lanes.tolist()]
+        return [_with_rows(leaf, lanes, finals) for leaf, finals in zip(leaves, zip(*rows))]
+
+    def _final(self, final: Any, info: Any, lane: int) -> Any:
+        """The final observation of one environment, out of the infos."""
+        missing = ValueError(
+            f"the episode of environment {lane} is over, and the infos hold no final_obs of it, as they do where it is "
+            f'reset within the same step; pass what env.step returned, or autoreset="next_step" if that is how it is'
+        )
+        if final is None or not _host(info.get("_final_obs", np.ones(lane + 1, bool)))[lane]:
+            raise missing
+        if isinstance(final, np.ndarray) and final.dtype == object:
+            if final[lane] is None:
+                raise missing
+            return final[lane]
+        # Some vector environments (ale-py's) have those of all environments in one nest.
+        return self._nest_of_obs.pack([leaf[lane] for leaf in self._nest_of_obs.flatten(final)])
+
+    def _add(self, item: Any, live: NDArray[np.intp]) -> None:
+        if not self._lead:
+            if live.size:
+                self.buffer.add(item)
+            return
+        leaves = self._nest.flatten(item)
+        for path, leaf in zip(self._nest.paths, leaves):
+            if _shape(leaf)[:1] != self._lead:
+                raise ValueError(
+                    f"{label(path)}: expected {self._lead[0]} in front, one for each environment, "
+                    f"found shape {_shape(leaf)}"
+                )
+        if live.size == self._lead[0]:
+            self.buffer.extend(item)
+        elif live.size:
+            self.buffer.extend(self._nest.pack([_rows(leaf, live) for leaf in leaves]), lanes=live)
+
+    def _count(self, reward: NDArray[Any], ended: NDArray[np.bool_], live: NDArray[np.intp]) -> None:
+        """Go on to where the environments are now."""
+        self._return[live] += reward.reshape(-1)[live]
+        self._length[live] += 1
+        self._running[:] = True
+        for lane in live[ended[live]].tolist():
+            self.episodes += 1
+            self.returns.append(float(self._return[lane]))
+            self.lengths.append(int(self._length[lane]))
+            self._return[lane], self._length[lane] = 0.0, 0
+            self._running[lane] = self.autoreset == "same_step"
+
+
+# How environments are reset ------------------------------------------------------------------------------------------
+
+
+def _as_autoreset(mode: Any) -> Autoreset:
+    """The mode as Gymnasium or the user names it: "NextStep", "next_step", AutoresetMode.NEXT_STEP."""
+    name = str(getattr(mode, "value", mode)).replace("_", "").lower()
+    for known in _AUTORESETS:
+        if name == known.replace("_", ""):
+            return known
+    raise ValueError(f"expected autoreset to be one of {', '.join(_AUTORESETS)}, found {mode!r}")
+
+
+def _autoreset_of(env: Any) -> Autoreset:
+    """The mode of an environment, as far as it tells."""
+    if _num_envs(env) is None:
+        return "next_step" if _is_wrapped_in_autoreset(env) else "disabled"
+    # First the attribute: up to Gymnasium 1.3, vector environments of one class write into one dict of metadata.
+    mode = getattr(getattr(env, "unwrapped", env), "autoreset_mode", None)
+    mode = (getattr(env, "metadata", None) or {}).get("autoreset_mode") if mode is None else mode
+    if mode is not None:
+        return _as_autoreset(mode)
+    if _gymnasium_knows_no_other():
+        return "next_step"
+    raise ValueError(
+        "the vector environment has no metadata['autoreset_mode']; say when it resets its environments: "
+        f"autoreset= one of {', '.join(_AUTORESETS)}"
+    )
+
+
+def _is_wrapped_in_autoreset(env: Any) -> bool:
+    """Whether one of the wrappers of a single environment is gymnasium.wrappers.Autoreset."""
+    while env is not None:
+        if any(cls.__name__ == "Autoreset" for cls in type(env).__mro__):
+            return True
+        env = vars(env).get("env")
+    return False
+
+
+def _gymnasium_knows_no_other() -> bool:
+    """Whether this is Gymnasium 1.0, all of whose vector environments are reset by the next step, and say nothing."""
+    try:
+        import gymnasium.vector
+    except ImportError:
+        return False
+    return not hasattr(gymnasium.vector, "AutoresetMode")
+
+
+# Arrays of any library -----------------------------------------------------------------------------------------------
+
+
+def _host(value: Any) -> NDArray[Any]:
+    return to_numpy(value) if is_array(value) else np.asarray(value)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape) if is_array(leaf) else np.shape(leaf)
+
+
+def _copy(leaf: Any) -> Any:
+    """A copy that no environment writes to."""
+    if isinstance(leaf, np.ndarray) or not is_array(leaf):
+        return np.array(leaf)
+    return leaf if isinstance(leaf, np.generic) else array_namespace(leaf).asarray(leaf, copy=True)
+
+
+def _rows(leaf: Any, lanes: NDArray[np.intp]) -> Array:
+    """The rows of a batch at these lanes."""
+    if isinstance(leaf, np.ndarray) or not is_array(leaf):
+        return np.asarray(leaf)[lanes]
+    xp = array_namespace(leaf)
+    return xp.take(leaf, xp.asarray(lanes, device=device(leaf)), axis=0)
+
+
+def _with_rows(leaf: Any, lanes: NDArray[np.intp], rows: Any) -> Array:
+    """A copy of a batch with other rows at these lanes, of its dtype, as vector environments cast what they are given."""
+    if isinstance(leaf, np.ndarray) or not is_array(leaf):
+        replaced = np.array(leaf)
+        replaced[lanes] = [_host(row) for row in rows]
+        return replaced
+    xp = array_namespace(leaf)
+    new = dict(zip(lanes.tolist(), rows))
+    here = {"dtype": leaf.dtype, "device": device(leaf)}
+    return xp.stack([xp.asarray(new[lane], **here) if lane in new else leaf[lane, ...] for lane in range(len(leaf))])

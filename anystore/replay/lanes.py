@@ -1,0 +1,164 @@
+"""Which item follows which: each environment that items come from has a lane of its own.
+
+As long as every write is of whole steps, an item of each lane in turn, the next item of a lane is as many items further
+on as there are lanes, and nothing needs to be stored. From the first write of only some of the lanes on, the
+distances from each item to its neighbours in the lane are kept in a storage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.backends import Backend
+from anystore.backends.base import Array
+from anystore.replay.ring import Ring
+from anystore.rows import KnownRows
+from anystore.specs import ArraySpec
+from anystore.storage import Storage
+
+__all__ = ["Lanes"]
+
+_DISTANCES = {"ahead": ArraySpec((), "int32"), "behind": ArraySpec((), "int32")}
+"""From an item to the next and to the previous one of its lane; 0 where there is none yet, or was none."""
+
+
+class Lanes:
+    """The lanes of a ring.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+    ring : Ring
+        The ring that their items are in.
+    backend : Backend
+        Where the items are.
+    """
+
+    def __init__(self, count: int, ring: Ring, backend: Backend) -> None:
+        self.count = count
+        self._ring = ring
+        self._backend = backend
+        self._distances: Storage | None = None
+        self._newest = np.full(count, -1, np.int64)  # kept only with distances
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all writes so far were of whole steps."""
+        return self._distances is None
+
+    def of_batch(self, count: int, lanes: Any) -> NDArray[np.intp] | None:
+        """The lane of each of `count` items, as the user named them; None for whole steps.
+
+        Raises
+        ------
+        ValueError
+            If the items are no whole steps, or the lanes are not among those of the buffer, each once.
+        """
+        if lanes is None:
+            if count % self.count:
+                raise ValueError(
+                    f"expected items of {self.count} lanes in turn, a multiple of {self.count} items, found {count}; "
+                    "for items of some lanes only, name these with lanes="
+                )
+            return None
+        named = np.asarray(lanes)
+        if named.dtype == np.bool_ and named.shape == (self.count,):
+            named = np.flatnonzero(named)
+        if named.size == 0:
+            named = named.astype(np.intp)
+        if named.dtype.kind not in "iu" or named.shape != (count,):
+            raise ValueError(
+                f"expected the lanes of {count} items, an integer for each or a mask of {self.count}, "
+                f"found {named.dtype} of shape {named.shape}"
+            )
+        if count and (named.min() < 0 or named.max() >= self.count or len(np.unique(named)) < count):
+            raise ValueError(f"expected lanes below {self.count}, each of them once, found {named.tolist()}")
+        if count == self.count and np.array_equal(named, np.arange(count)):
+            return None
+        return named.astype(np.intp)
+
+    def newest(self, lanes: NDArray[np.intp] | None = None) -> NDArray[np.int64]:
+        """The numbers of the newest items of these lanes, or of all; -1 where there is none."""
+        if self._distances is None:
+            start = self._ring.total - self.count
+            newest = np.arange(start, start + self.count) if start >= 0 else self._newest
+        else:
+            newest = self._newest
+        return newest if lanes is None else newest[lanes]
+
+    def added(self, count: int, lanes: NDArray[np.intp] | None) -> None:
+        """Note that `count` items are written behind those of the ring; the ring has not advanced yet."""
+        if self._distances is None:
+            if lanes is None:
+                return
+            self._keep_distances()
+        lanes = np.arange(self.count) if lanes is None else lanes
+        for start in range(0, count, len(lanes)):
+            self._note(np.arange(len(lanes)) + self._ring.total + start, lanes)
+
+    def ahead(self, places: Array, items: range) -> tuple[Array, Array]:
+        """The places of the next items of the same lanes, and whether there are such; else the places as they are.
+
+        A place is the position of an item in `items`, the numbers of those that are there.
+        """
+        return self._neighbours("ahead", places, items)
+
+    def behind(self, places: Array, items: range) -> tuple[Array, Array]:
+        """The same for the previous items."""
+        return self._neighbours("behind", places, items)
+
+    def clear(self) -> None:
+        """All items are gone, and none of them is the previous one of what comes."""
+        self._newest[:] = -1
+        self._distances = None
+
+    def _neighbours(self, name: str, places: Array, items: range) -> tuple[Array, Array]:
+        sign = 1 if name == "ahead" else -1
+        if self._distances is None:
+            found = places + sign * self.count
+            there = (found >= 0) & (found < len(items))
+        else:
+            rows = (places + items.start % self._ring.capacity) % self._ring.capacity
+            index = KnownRows(self._backend.as_rows(rows), self._ring.capacity)
+            distance = self._backend.xp.astype(self._distances.get(index)[name], places.dtype)
+            found = places + sign * distance
+            there = (distance > 0) & (found >= 0) & (found < len(items))
+        return self._backend.xp.where(there, found, places), there
+
+    def _keep_distances(self) -> None:
+        """From now on; the items that are there were all written in step."""
+        self._newest = self.newest().copy()
+        self._distances = Storage(_DISTANCES, self._ring.capacity, backend=self._backend)
+        items = np.asarray(self._ring.items)
+        ahead = np.where(items + self.count < self._ring.total, self.count, 0)
+        if items.size:
+            values = {"ahead": ahead, "behind": np.full(items.size, self.count)}
+            self._distances.set(items % self._ring.capacity, {k: v.astype(np.int32) for k, v in values.items()})
+
+    def _note(self, numbers: NDArray[np.int64], lanes: NDArray[np.intp]) -> None:
+        """One item of each of these lanes, of these numbers."""
+        assert self._distances is not None
+        previous, capacity = self._newest[lanes], self._ring.capacity
+        linked = previous > max(-1, numbers[-1] - capacity)  # and not overwritten by one of these items
+        distance = np.where(linked, numbers - previous, 0).astype(np.int32)
+        self._distances.set(numbers % capacity, {"ahead": np.zeros_like(distance), "behind": distance})
+        self._distances.select("ahead").set(previous[linked] % capacity, distance[linked])
+        self._newest[lanes] = numbers
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, but for the distances."""
+        return {"newest": self._newest.tolist(), "in_step": self.in_step}
+
+    def restore(self, state: dict[str, Any], distances: Storage | None) -> None:
+        """Be as the lanes were that `state` is of."""
+        self._newest = np.asarray(state["newest"], np.int64)
+        self._distances = distances
+
+    @property
+    def distances(self) -> Storage | None:
+        """What is kept of each item's neighbours, if anything is."""
+        return self._distances

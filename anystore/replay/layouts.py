@@ -1,0 +1,138 @@
+"""How items are stored: just as they are, or without what follows from their neighbours.
+
+A layout writes items to the rows of a ring and reads them back by their places: positions among the items that are
+there, 0 the oldest.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.backends.base import Array
+from anystore.nests import map_leaves
+from anystore.replay.lanes import Lanes
+from anystore.replay.ring import Ring
+from anystore.rows import KnownRows
+from anystore.storage import Storage
+
+__all__ = ["Plain", "rows_of"]
+
+
+class Plain:
+    """Items just as they are.
+
+    Parameters
+    ----------
+    storage : Storage
+        For the items.
+    ring, lanes
+        Which rows are whose, and which item follows which.
+    ends : sequence of str
+        The paths of the bool leaves that say that an episode ends with an item.
+    """
+
+    margin = 0
+    """How many items at the old end of the ring may be unreadable, for each lane."""
+
+    def __init__(self, storage: Storage, ring: Ring, lanes: Lanes, ends: list[str]) -> None:
+        self.storages = {"items": storage}
+        self._ring = ring
+        self._lanes = lanes
+        self._select = functools.lru_cache(maxsize=16)(storage.select)
+        self._ends = [storage.select(path) for path in ends]
+
+    @property
+    def knows_ends(self) -> bool:
+        """Whether it is told where episodes end."""
+        return bool(self._ends)
+
+    def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
+        """A batch as `write` takes it, in parts that are written one after the other, with the items of each.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            As `Storage.set`, if that is found here.
+        """
+        return [(batch, count)]
+
+    def write_one(self, item: Any) -> None:
+        """Write an item, in the only lane.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            As `Storage.set`; nothing has changed then.
+        """
+        self.storages["items"].set(self._ring.total % self._ring.capacity, item)
+
+    def write(self, batch: Any, count: int, lanes: NDArray[np.intp] | None) -> None:
+        """Write the newest of `count` items, as many as there are rows.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            As `Storage.set`; nothing has changed then.
+        """
+        write_run(self.storages["items"], self._ring.places(count), batch, count)
+
+    def ends(self, places: Array, items: range) -> Array:
+        """Whether an episode ends with each of these items."""
+        index = rows_of(places, items, self._ring.capacity, self.storages["items"].backend)
+        first, *others = [flags.get(index) for flags in self._ends]
+        return first | others[0] if others else first
+
+    def end(self, lanes: NDArray[np.intp]) -> None:
+        """Let the episodes of these lanes end with their newest items."""
+        numbers = self._lanes.newest(lanes)
+        self._ends[-1].set(numbers[numbers >= self._ring.items.start] % self._ring.capacity, True)
+
+    def whole(self, places: Array, items: range) -> Array | None:
+        """Whether each of these items can be read; None if all can."""
+        return None
+
+    def read(self, places: Array, items: range, paths: tuple[str, ...] | None = None) -> Any:
+        """The items at these places; or a dict of some of their parts, by path."""
+        storage = self.storages["items"]
+        index = rows_of(places, items, self._ring.capacity, storage.backend)
+        if paths is None:
+            return storage.get(index)
+        return {path: self._select(path).get(index) for path in paths}
+
+    def clear(self) -> None:
+        """All items are gone."""
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, but for the storages."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be as the layout was that `state` is of."""
+
+
+def rows_of(places: Array, items: range, capacity: int, backend: Any) -> KnownRows:
+    """The index of the items at these places."""
+    start = items.start % capacity
+    rows = places if start + len(items) <= capacity and start == 0 else (places + start) % capacity
+    return KnownRows(backend.as_rows(rows), capacity)
+
+
+def write_run(storage: Storage, runs: list[range], batch: Any, count: int) -> None:
+    """Write the newest of the `count` items of a batch to one run of rows or two, all or none of them."""
+    extra = count - sum(map(len, runs))
+    if len(runs) == 1 and not extra:
+        storage.set(slice(runs[0].start, runs[0].stop), batch)
+        return
+    batch = storage.admit(batch, (count,))
+    for run in runs:
+        take = functools.partial(_part, start=extra, stop=extra + len(run))
+        storage.set(slice(run.start, run.stop), map_leaves(take, batch))
+        extra += len(run)
+
+
+def _part(leaf: Array, start: int, stop: int) -> Array:
+    return leaf[start:stop, ...]

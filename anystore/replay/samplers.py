@@ -1,0 +1,255 @@
+"""Which items a sample holds: the interface, and the samplers that come with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from anystore.backends import Backend
+from anystore.backends.base import Array
+from anystore.backends.random import Random
+from anystore.convert import is_array, to_numpy
+from anystore.replay.sum_tree import SumTree, float_dtype
+
+__all__ = ["Prioritized", "Recent", "Sampler", "Uniform"]
+
+
+class Sampler(ABC):
+    """What draws items for a `ReplayBuffer`; for one of your own, define `draw`, and more where it is needed.
+
+    Items are named by their place: 0 is the oldest that may be drawn, ``len(items) - 1`` the newest. `items` is the
+    range of their running numbers; item ``n`` is in row ``n % capacity``.
+
+    Attributes
+    ----------
+    distinct : bool
+        Whether a sample may hold an item once only. The buffer sees to it.
+    inside : bool
+        Whether `draw` finds nothing but places in ``range(len(items))``, so that the buffer need not look.
+
+    Notes
+    -----
+    The buffer calls a sampler under its lock. A sampler belongs to one buffer.
+    """
+
+    distinct = False
+    inside = False
+    capacity: int
+    backend: Backend
+    random: Random
+
+    def open(self, capacity: int, backend: Backend, random: Random) -> None:
+        """Make ready for a buffer of so many rows; `random` makes the draws, on the buffer's device."""
+        if hasattr(self, "capacity"):
+            raise ValueError(f"this {type(self).__name__} has a buffer already; give each buffer a sampler of its own")
+        self.capacity, self.backend, self.random = capacity, backend, random
+
+    @abstractmethod
+    def draw(self, count: int, items: range) -> Array:
+        """Places of `count` items: a flat array of integers, on the device.
+
+        The buffer draws again for those that are not in ``range(len(items))``, or that it cannot use.
+        """
+
+    def chances(self, places: Array, items: range) -> Array | None:
+        """How likely `draw` finds each of these places, up to a factor; None if all are as likely."""
+        return None
+
+    def weights(self, places: Array, items: range) -> Array | None:
+        """The importance weight of each item of a sample; None if all are the same."""
+        return None
+
+    def added(self, items: range) -> None:  # noqa: B027  # by default there is nothing to do
+        """Items of these numbers were added; at most `capacity`."""
+
+    def update(self, rows: Array, priorities: Array) -> None:
+        """The items in these rows have new priorities; the buffer has left out those that are gone."""
+        raise TypeError(f"a {type(self).__name__} sampler has no priorities to update; use Prioritized")
+
+    def clear(self) -> None:  # noqa: B027  # by default there is nothing to do
+        """All items are gone."""
+
+    def state(self, items: range) -> dict[str, Any]:
+        """What `restore` takes: numbers, strings and NumPy arrays by name; `items` are there.
+
+        The state of `random` is no part of it.
+        """
+        return {}
+
+    def restore(self, state: dict[str, Any], items: range) -> None:  # noqa: B027  # by default there is nothing to do
+        """Be as the sampler was that `state` is of; `items` are there, the newest of those that were there then."""
+
+
+class Uniform(Sampler):
+    """Every item with the same chance.
+
+    Parameters
+    ----------
+    replacement : bool, default True
+        Whether a sample may hold an item more than once. For every item once, in random order, whatever the
+        sampler: `ReplayBuffer.one_pass`.
+    """
+
+    inside = True
+
+    def __init__(self, *, replacement: bool = True) -> None:
+        self.distinct = not replacement
+
+    def draw(self, count: int, items: range) -> Array:
+        return self.random.integers(len(items), count)
+
+
+class Recent(Sampler):
+    """Every one of the newest items with the same chance, and no other.
+
+    Parameters
+    ----------
+    newest : int
+        How many items; all of them while there are fewer.
+    replacement : bool, default True
+        Whether a sample may hold an item more than once.
+    """
+
+    inside = True
+
+    def __init__(self, newest: int, *, replacement: bool = True) -> None:
+        if newest < 1:
+            raise ValueError(f"expected a positive number of newest items, found {newest}")
+        self.newest = newest
+        self.distinct = not replacement
+
+    def draw(self, count: int, items: range) -> Array:
+        oldest = max(0, len(items) - self.newest)
+        return self.random.integers(len(items) - oldest, count) + oldest
+
+    def chances(self, places: Array, items: range) -> Array:
+        xp = self.backend.xp
+        dtype = self.backend.native_dtype(float_dtype(self.backend))
+        return xp.astype(places >= len(items) - self.newest, dtype)
+
+
+class Prioritized(Sampler):
+    """Items with a chance in proportion to ``(priority + epsilon) ** alpha``; a new one has the highest there was.
+
+    Parameters
+    ----------
+    alpha : float, default 0.6
+        How much priorities count; 0 makes all items as likely.
+    beta : float, default 0.4
+        How much of the bias the importance weights make up for, ``(1 / (n * chance)) ** beta``, scaled so that the
+        largest of a sample is 1. An attribute that may be changed at any time, as annealing does.
+    epsilon : float, default 1e-6
+        Keeps items of priority 0 from never being drawn again.
+
+    Attributes
+    ----------
+    highest : float
+        The highest priority that there was; what items have until they are updated. 1 at first.
+
+    Notes
+    -----
+    The proportional variant of Schaul et al., "Prioritized Experience Replay" (2016), https://arxiv.org/abs/1511.05952,
+    with independent draws where the paper has one for each of as many strata. Adding items costs nothing until the
+    next draw.
+    """
+
+    def __init__(self, *, alpha: float = 0.6, beta: float = 0.4, epsilon: float = 1e-6) -> None:
+        for name, value in (("alpha", alpha), ("beta", beta), ("epsilon", epsilon)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"expected a finite {name} of 0 or more, found {value}")
+        self.alpha, self.beta, self.epsilon = alpha, beta, epsilon
+        self.highest = 1.0
+
+    def open(self, capacity: int, backend: Backend, random: Random) -> None:
+        super().open(capacity, backend, random)
+        self._tree = SumTree(capacity, backend)
+        self._waiting = range(0)
+
+    def draw(self, count: int, items: range) -> Array:
+        self._let_in()
+        uniforms = self.random.uniform(self._tree.depth * count)
+        rows = self._tree.find(self.backend.xp.reshape(uniforms, (self._tree.depth, count)))
+        return (rows - items.start % self.capacity) % self.capacity
+
+    def chances(self, places: Array, items: range) -> Array:
+        self._let_in()
+        return self._tree.get((places + items.start % self.capacity) % self.capacity)
+
+    def weights(self, places: Array, items: range) -> Array:
+        """The weights, of the widest float dtype that the library has, the largest of them 1."""
+        # The number of items and the sum of all priorities fall out of the scaling.
+        chances = self.chances(places, items)
+        return (chances / self.backend.xp.min(chances)) ** -self.beta
+
+    def added(self, items: range) -> None:
+        self._waiting = range(self._waiting.start if self._waiting else items.start, items.stop)
+
+    def update(self, rows: Array, priorities: Array) -> None:
+        self._let_in()
+        self.highest = max(self.highest, float(self.backend.xp.max(priorities)))
+        self._tree.set(rows, (priorities + self.epsilon) ** self.alpha)
+
+    def clear(self) -> None:
+        self._waiting = range(0)
+        self._tree.set_run(range(self.capacity), 0.0)
+
+    def priorities(self, items: range) -> Array:
+        """The priorities of these items, oldest first."""
+        numbers = self._numbers(items)
+        return numbers ** (1 / self.alpha) - self.epsilon if self.alpha else numbers - self.epsilon
+
+    def state(self, items: range) -> dict[str, Any]:
+        """The settings, the highest priority, and the numbers of the items in the tree, oldest first."""
+        settings = {"alpha": self.alpha, "beta": self.beta, "epsilon": self.epsilon}
+        return {**settings, "highest": self.highest, "numbers": to_numpy(self._numbers(items))}
+
+    def restore(self, state: dict[str, Any], items: range) -> None:
+        self.alpha, self.beta, self.epsilon = state["alpha"], state["beta"], state["epsilon"]
+        self.highest = state["highest"]
+        numbers = np.asarray(state["numbers"], float_dtype(self.backend))[-len(items) :]
+        if items:
+            self._tree.set(self._rows(items), self.backend.from_numpy(numbers))
+        self._waiting = range(0)
+
+    def _rows(self, items: range) -> Array:
+        return self.backend.from_numpy(np.arange(items.start, items.stop) % self.capacity)
+
+    def _numbers(self, items: range) -> Array:
+        """The numbers of items in the tree, oldest first."""
+        self._let_in()
+        return self._tree.get(self._rows(items))
+
+    def _let_in(self) -> None:
+        """Give the items that were added since the last time the highest priority."""
+        number = (self.highest + self.epsilon) ** self.alpha
+        while self._waiting:
+            start = self._waiting.start % self.capacity
+            run = range(start, min(self.capacity, start + len(self._waiting)))
+            self._tree.set_run(run, number)
+            self._waiting = range(self._waiting.start + len(run), self._waiting.stop)
+
+
+def as_priorities(priorities: Any, count: int, backend: Backend) -> Array:
+    """Priorities as a user gave them, as `count` floats on the device.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many, or one is negative, infinite or NaN.
+    """
+    dtype = float_dtype(backend)
+    array = backend.bring(priorities if is_array(priorities) else np.asarray(priorities, dtype), dtype)
+    xp = backend.xp
+    array = backend.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if array.shape != (count,):
+        raise ValueError(f"expected {count} priorities, one for each row, found an array of shape {tuple(array.shape)}")
+    if count and not (xp.min(array) >= 0 and xp.max(array) < float("inf")):  # nor if one is NaN
+        wrong = to_numpy(array)
+        wrong = wrong[~((wrong >= 0) & (wrong < np.inf))]
+        raise ValueError(
+            f"expected finite priorities of 0 or more, such as the magnitude of an error, found {wrong[0]} "
+            f"({len(wrong)} of {count})"
+        )
+    return array

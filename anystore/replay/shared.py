@@ -1,0 +1,449 @@
+"""Items without what follows from their neighbours: next observations, and the frames of stacks but the newest.
+
+Of each episode there is a record: the frames that came before its first one, and what was observed after its last item
+so far. With it every item is put together again just as it was added, at both ends of an episode, at truncation and at
+the newest item. Whether items of a lane go on from one another is seen from the observations themselves: an item
+that does not begin with what followed the one before it begins an episode of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.backends.base import Array
+from anystore.convert import to_numpy
+from anystore.nests import Nest, label
+from anystore.replay.lanes import Lanes
+from anystore.replay.layouts import Plain, rows_of, write_run
+from anystore.replay.ring import Ring
+from anystore.rows import KnownRows
+from anystore.specs import ArraySpec
+from anystore.storage import Storage
+
+__all__ = ["Shared"]
+
+_MARKS = {"begins": ArraySpec((), "bool"), "ends": ArraySpec((), "bool"), "record": ArraySpec((), "int32")}
+"""Of each item: whether an episode begins or ends with it, and the number of the episode's record."""
+
+
+class _Observation(NamedTuple):
+    """A leaf that is not stored as it is."""
+
+    path: str
+    spec: ArraySpec
+    axis: int | None
+    """That of the stack in the shape of the leaf; None for a leaf that is no stack."""
+    after: str | None
+    """The path of what it is in the next item, which is not stored."""
+
+    @property
+    def frames(self) -> int:
+        return 1 if self.axis is None else self.spec.shape[self.axis]
+
+    @property
+    def frame(self) -> ArraySpec:
+        """What is stored for each item."""
+        if self.axis is None:
+            return self.spec
+        shape = list(self.spec.shape)
+        del shape[self.axis]
+        return self.spec.replace(shape=tuple(shape))
+
+    def newest(self, leaf: Array) -> Array:
+        """The newest frame of each of a batch of leaves."""
+        return leaf if self.axis is None else leaf[self._among_frames(-1)]
+
+    def older(self, leaf: Array) -> Array:
+        """The frames before it, in stacks as they are."""
+        return leaf[self._among_frames(slice(None, -1))]
+
+    def newer(self, leaf: Array) -> Array:
+        """The frames behind the oldest one."""
+        return leaf[self._among_frames(slice(1, None))]
+
+    def _among_frames(self, frames: Any) -> tuple[Any, ...]:
+        assert self.axis is not None
+        return (*(slice(None),) * (self.axis + 1), frames, ...)
+
+    def together(self, frames: Array, xp: Any) -> Array:
+        """The leaves that consist of these frames, which have an axis of their own behind that of the items."""
+        return frames[:, 0, ...] if self.axis is None else xp.moveaxis(frames, 1, self.axis + 1)
+
+
+class Shared(Plain):
+    """Items without what follows from their neighbours.
+
+    Parameters
+    ----------
+    nest : Nest
+        What items look like.
+    ring, lanes
+        Which rows are whose, and which item follows which.
+    shared : mapping
+        From the path of a part to that of the part that it is in the next item.
+    stacks : mapping
+        From the path of a leaf to the axis of its stack.
+    ends : list of str
+        The paths of the bool leaves that say that an episode ends with an item.
+    options : dict
+        Those of the storages.
+    """
+
+    def __init__(
+        self,
+        nest: Nest,
+        ring: Ring,
+        lanes: Lanes,
+        shared: Mapping[str, str],
+        stacks: Mapping[str, int],
+        ends: list[str],
+        options: dict[str, Any],
+    ) -> None:
+        self._nest = nest
+        self._ring = ring
+        self._lanes = lanes
+        self._ends_of_items = ends
+        self._observations = _observations(nest, shared, stacks)
+        self._depth = max(each.frames for each in self._observations)
+        self.margin = self._depth - 1
+        frames = {each.path: each.frame for each in self._observations}
+        self._not_stored = {each.after for each in self._observations} - {None}
+        specs = dict(zip(nest.paths, nest.specs))
+        stored = {path: frames.get(path, spec) for path, spec in specs.items() if path not in self._not_stored}
+        self._records = 2 * lanes.count
+        self.storages = {
+            "items": Storage(stored, ring.capacity, **options),
+            "marks": Storage(_MARKS, ring.capacity, **options),
+            "records": Storage(frames, self._records * self._depth, **options),
+        }
+        # To convert whole items before they are taken apart; it holds nothing.
+        self._whole_items = Storage(nest.data_spec, 1, **options)
+        self._backend = self._whole_items.backend
+        self._select = functools.cache(lambda name, *paths: self.storages[name].select(*paths))
+        self._kept_whole = set(stored) - {each.path for each in self._observations if each.axis is not None}
+        self._forget()
+
+    def _forget(self) -> None:
+        """No episode has begun."""
+        self._free = list(range(self._records))[::-1]
+        self._ended: list[tuple[int, int]] = []  # a heap of the last item of an episode, and its record
+        self._record = np.full(self._lanes.count, -1, np.int64)  # of the episode that goes on in each lane
+        self._expected = {
+            each.path: np.zeros((self._lanes.count, *each.spec.shape), each.spec.dtype) for each in self._observations
+        }
+
+    @property
+    def knows_ends(self) -> bool:
+        return True
+
+    # Writing --------------------------------------------------------------------------------------------------------
+
+    def admit_one(self, item: Any) -> Any:
+        leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(item))))
+        return self._apart({path: leaf[None, ...] for path, leaf in leaves.items()})
+
+    def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
+        leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(batch, (count,)))))
+        parts = self._apart(leaves)
+        # As many whole steps at a time as there are rows, so that no item is overwritten by its own batch.
+        most = self._ring.capacity // self._lanes.count * self._lanes.count
+        slices = [slice(start, min(count, start + most)) for start in range(0, count, most)]
+        return [(parts.at(each), each.stop - each.start) for each in slices]
+
+    def _apart(self, leaves: dict[str, Array]) -> _Parts:
+        """A batch of whole items in the parts that are needed, checked."""
+        seen: dict[str, NDArray[Any]] = {}
+        for each in self._observations:
+            seen[each.path] = to_numpy(leaves[each.path])
+            if each.after is not None:
+                seen[each.after] = to_numpy(leaves[each.after])
+                _check_frames(each, seen[each.path], seen[each.after])
+        ends = np.zeros(len(next(iter(seen.values()))), bool)
+        for path in self._ends_of_items:
+            ends |= to_numpy(leaves[path])
+        stored = {path: leaf for path, leaf in leaves.items() if path not in self._not_stored}
+        for each in self._observations:
+            if each.axis is not None:
+                stored[each.path] = each.newest(stored[each.path])
+        return _Parts(stored, seen, ends)
+
+    def write_one(self, item: Any) -> None:
+        self.write(self.admit_one(item), 1, None)
+
+    def write(self, batch: _Parts, count: int, lanes: NDArray[np.intp] | None) -> None:
+        ids = np.arange(self._lanes.count) if lanes is None else lanes
+        numbers = (self._ring.total + np.arange(count)).reshape(-1, len(ids))  # of steps and lanes, as all below
+        ends = batch.ends.reshape(numbers.shape).copy()
+        begins = ~self._goes_on(batch.seen, ids, numbers.shape)
+        begins[0] |= self._record[ids] < 0
+        begins[1:] |= ends[:-1]
+        ends[:-1] |= begins[1:]
+        self._reserve(int(begins.sum()), self._ring.total + count - self._ring.capacity)
+        self._break_off(ids[begins[0]], self._ring.total + count - self._ring.capacity)
+        records = self._records_of(begins, ids)
+        write_run(self.storages["items"], self._ring.places(count), batch.stored, count)
+        marks = {"begins": begins, "ends": ends, "record": records.astype(np.int32)}
+        marks = {name: each.reshape(-1) for name, each in marks.items()}
+        write_run(self.storages["marks"], self._ring.places(count), marks, count)
+        self._write_records(batch.seen, begins, ends, records)
+        for number, record in zip(numbers[ends].tolist(), records[ends].tolist()):
+            heapq.heappush(self._ended, (number, record))
+        self._record[ids] = np.where(ends[-1], -1, records[-1])
+        for each in self._observations:
+            self._expected[each.path][ids] = batch.seen[each.after or each.path][-len(ids) :]
+
+    def _goes_on(self, seen: dict[str, NDArray[Any]], ids: NDArray[np.intp], shape: tuple[int, ...]) -> Any:
+        """Whether each item begins with what followed the one before it in its lane."""
+        same = np.ones(shape, bool)
+        for each in self._observations:
+            known = seen[each.after or each.path]
+            before = np.concatenate([self._expected[each.path][ids], known[: -len(ids)]])
+            now = seen[each.path]
+            if each.after is None:  # all that is known of the next stack is its older frames
+                before, now = each.newer(before), each.older(now)
+            same &= _equal(before, now).reshape(shape)
+        return same
+
+    def _reserve(self, count: int, oldest: int) -> None:
+        """Have so many records free; those of episodes that ended before item `oldest`, which goes now, are."""
+        gone = sum(number < oldest for number, _ in self._ended)
+        if len(self._free) + gone < count:
+            more = max(count, self._records)
+            self.storages["records"].resize((self._records + more) * self._depth)
+            self._free = [*range(self._records + more - 1, self._records - 1, -1), *self._free]
+            self._records += more
+        while self._ended and self._ended[0][0] < oldest:
+            self._free.append(heapq.heappop(self._ended)[1])
+
+    def _break_off(self, lanes: NDArray[np.intp], oldest: int) -> None:
+        """Let the episodes of these lanes, where one goes on, end with their newest items."""
+        lanes = lanes[self._record[lanes] >= 0]
+        numbers = self._lanes.newest(lanes)
+        for number, record in zip(numbers.tolist(), self._record[lanes].tolist()):
+            heapq.heappush(self._ended, (number, record))
+        self._record[lanes] = -1
+        there = numbers[numbers >= oldest]
+        if there.size:
+            self._select("marks", "ends").set(there % self._ring.capacity, True)
+
+    def _records_of(self, begins: NDArray[np.bool_], ids: NDArray[np.intp]) -> NDArray[np.int64]:
+        """The record of each item: a new one for each episode that begins."""
+        records = np.full(begins.shape, -1, np.int64)
+        records[0] = self._record[ids]
+        records[begins] = [self._free.pop() for _ in range(int(begins.sum()))]
+        steps = np.arange(len(begins))[:, None]
+        latest = np.maximum.accumulate(np.where(begins, steps, 0), axis=0)
+        return np.take_along_axis(records, latest, axis=0)
+
+    def _write_records(
+        self, seen: dict[str, NDArray[Any]], begins: NDArray[Any], ends: NDArray[Any], records: NDArray[Any]
+    ) -> None:
+        """What came before the episodes that begin, and what followed the last item so far of every episode."""
+        first, flat = begins.reshape(-1), records.reshape(-1)
+        last = ends.copy()
+        last[-1] = True
+        last = last.reshape(-1)
+        for each in self._observations:
+            storage = self._select("records", each.path)
+            if each.axis is not None and first.any():
+                rows = flat[first][:, None] * self._depth + np.arange(self._depth - each.frames, self._depth - 1)
+                storage.set(rows, np.moveaxis(each.older(seen[each.path][first]), each.axis + 1, 1))
+            if each.after is not None:
+                storage.set(flat[last] * self._depth + self._depth - 1, each.newest(seen[each.after][last]))
+
+    def end(self, lanes: NDArray[np.intp]) -> None:
+        self._break_off(lanes, self._ring.items.start)
+
+    def clear(self) -> None:
+        self._forget()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "records": self._records,
+            "free": self._free,
+            "ended": [list(each) for each in self._ended],
+            "record": self._record.tolist(),
+            "expected": dict(self._expected),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._records, self._free = state["records"], list(state["free"])
+        self._ended = [(number, record) for number, record in state["ended"]]
+        self._record = np.asarray(state["record"], np.int64)
+        self._expected = {path: np.array(array) for path, array in state["expected"].items()}
+
+    # Reading --------------------------------------------------------------------------------------------------------
+
+    def ends(self, places: Array, items: range) -> Array:
+        return self._marks("ends", places, items)
+
+    def whole(self, places: Array, items: range) -> Array:
+        _, depth, begins = self._older(places, items)
+        return begins | (depth == self._depth - 1)
+
+    def read(self, places: Array, items: range, paths: tuple[str, ...] | None = None) -> Any:
+        flat = self._backend.xp.reshape(places, (-1,))
+        wanted = self._nest.paths if paths is None else paths
+        leaves = self._as_stored(tuple(path for path in wanted if path in self._kept_whole), flat, items)
+        for each in self._observations:
+            if (each.axis is not None and each.path in wanted) or each.after in wanted:
+                rows, of_records = self._sources(flat, items)
+                break
+        for each in self._observations:
+            if each.axis is not None and each.path in wanted:
+                leaves[each.path] = self._together(each, rows[:, :-1], of_records[:, :-1])
+            if each.after is not None and each.after in wanted:
+                leaves[each.after] = self._together(each, rows[:, 1:], of_records[:, 1:])
+        if len(places.shape) > 1:
+            leaves = {
+                path: self._backend.xp.reshape(leaf, places.shape + leaf.shape[1:]) for path, leaf in leaves.items()
+            }
+        return leaves if paths is not None else self._nest.pack([leaves[path] for path in self._nest.paths])
+
+    def _as_stored(self, paths: tuple[str, ...], places: Array, items: range) -> dict[str, Array]:
+        if not paths:
+            return {}
+        index = rows_of(places, items, self._ring.capacity, self._backend)
+        leaves = self._select("items", *paths).get(index)
+        return leaves if len(paths) > 1 else {paths[0]: leaves}
+
+    def _marks(self, name: str, places: Array, items: range) -> Array:
+        index = rows_of(places, items, self._ring.capacity, self._backend)
+        return self._select("marks", name).get(index)
+
+    def _older(self, places: Array, items: range) -> tuple[list[Array], Array, Array]:
+        """The places of the items before each, of the same episode, nearest first, as many as a stack has frames.
+
+        Where there are fewer, the last is repeated; how many there are, and whether that one is the episode's first.
+        """
+        xp = self._backend.xp
+        found = [places]
+        begins = self._marks("begins", places, items)
+        depth = xp.zeros_like(places)
+        for _ in range(self._depth - 1):
+            before, there = self._lanes.behind(found[-1], items)
+            there = there & ~begins & (depth == len(found) - 1)
+            found.append(xp.where(there, before, found[-1]))
+            begins = self._marks("begins", found[-1], items)
+            depth = depth + xp.astype(there, depth.dtype)
+        return found, depth, begins
+
+    def _sources(self, places: Array, items: range) -> tuple[Array, Array]:
+        """Where the frames of items are: of the stack, oldest first, and then of what follows.
+
+        Returns
+        -------
+        rows : array of shape (count, depth + 1)
+            In the ring, or in the records.
+        of_records : array of bool
+            Which.
+        """
+        xp, deep = self._backend.xp, self._depth
+        capacity, start = self._ring.capacity, items.start % self._ring.capacity
+        found, depth, _ = self._older(places, items)
+        record = xp.astype(self._marks("record", places, items), places.dtype) * deep
+        rows, of_records = [], []
+        for age, place in reversed(list(enumerate(found))):
+            missing = age - depth
+            of_records.append(missing > 0)
+            rows.append(xp.where(missing > 0, record + (deep - 1) - missing, (place + start) % capacity))
+        after, there = self._lanes.ahead(places, items)
+        of_records.append(self._marks("ends", places, items) | ~there)
+        rows.append(xp.where(of_records[-1], record + (deep - 1), (after + start) % capacity))
+        return xp.stack(rows, axis=1), xp.stack(of_records, axis=1)
+
+    def _together(self, each: _Observation, rows: Array, of_records: Array) -> Array:
+        """A batch of leaves, from the sources of the frames of the deepest stack."""
+        xp, backend = self._backend.xp, self._backend
+        rows, of_records = rows[:, self._depth - each.frames :], of_records[:, self._depth - each.frames :]
+        count = rows.shape[0]
+        flat, from_records = xp.reshape(rows, (-1,)), xp.reshape(of_records, (-1,))
+        in_ring = xp.where(from_records, xp.zeros_like(flat), flat)
+        index = KnownRows(backend.as_rows(in_ring), self._ring.capacity)
+        frames = self._select("items", each.path).get(index)
+        chosen = xp.nonzero(from_records)[0]
+        if chosen.shape[0]:
+            known = KnownRows(backend.as_rows(xp.take(flat, chosen, axis=0)), self._records * self._depth)
+            frames = backend.put(frames, chosen, self._select("records", each.path).get(known))
+        return each.together(xp.reshape(frames, (count, each.frames, *frames.shape[1:])), xp)
+
+
+class _Parts(NamedTuple):
+    """A batch of items, taken apart."""
+
+    stored: dict[str, Array]
+    """What is stored, by path; frames in place of stacks."""
+    seen: dict[str, NDArray[Any]]
+    """The observations as they are, on the host."""
+    ends: NDArray[np.bool_]
+    """Whether an episode ends with each item, as far as the item tells."""
+
+    def at(self, part: slice) -> _Parts:
+        """Some of the items."""
+        stored = {path: leaf[part, ...] for path, leaf in self.stored.items()}
+        return _Parts(stored, {path: leaf[part] for path, leaf in self.seen.items()}, self.ends[part])
+
+
+def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, int]) -> list[_Observation]:
+    """The leaves that are not stored as they are.
+
+    Raises
+    ------
+    ValueError
+        If a path is not in the spec, parts do not fit each other, or a leaf has no such axis.
+    """
+    specs = dict(zip(nest.paths, nest.specs))
+    after: dict[str, str] = {}
+    for following, part in shared.items():
+        _, positions = nest.select((part,))
+        for path in (nest.paths[position] for position in positions):
+            other = following + path[len(part) :]
+            if path == other or specs.get(other) != specs[path]:
+                raise ValueError(
+                    f"{label(other)}: expected {specs[path]}, that of {label(path)}, which it is shared with, "
+                    f"found {specs.get(other, 'no such leaf')}"
+                )
+            after[path] = other
+        _, positions = nest.select((following,))
+        lone = [nest.paths[position] for position in positions if nest.paths[position] not in after.values()]
+        if lone:
+            raise ValueError(f"{label(lone[0])}: expected a leaf of the same name in {part!r} to share with")
+    if set(after) & set(after.values()) or len(set(after.values())) < len(after):
+        raise ValueError(f"expected each part to be shared with one other, found {dict(shared)}")
+    for path, axis in stacks.items():
+        if path not in specs or path in after.values():
+            raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}")
+        shape = specs[path].shape
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"{label(path)}: expected an axis of a stack of shape {shape}, found {axis}")
+    return [
+        _Observation(path, spec, stacks[path] % len(spec.shape) if path in stacks else None, after.get(path))
+        for path, spec in specs.items()
+        if path in stacks or path in after
+    ]
+
+
+def _check_frames(each: _Observation, now: NDArray[Any], after: NDArray[Any]) -> None:
+    """That the older frames of what follows are the newer ones of what was observed."""
+    if each.axis is None:
+        return
+    if not _equal(each.newer(now), each.older(after)).all():
+        raise ValueError(
+            f"{each.after}: expected the frames of {each.path} moved on by one and a new frame behind them along axis "
+            f"{each.axis}, found others; store such items without stacks="
+        )
+
+
+def _equal(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether each item of one batch has the bytes of the same item of another."""
+    if one.size == 0:
+        return np.ones(len(one), bool)
+    pair = [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8) for array in (one, other)]
+    same: NDArray[np.bool_] = (pair[0] == pair[1]).all(axis=1)
+    return same

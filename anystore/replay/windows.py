@@ -1,0 +1,100 @@
+"""Windows: the successive items of a lane, the ends of episodes among them, and n-step returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from anystore.backends import Backend
+from anystore.backends.base import Array
+from anystore.replay.lanes import Lanes
+from anystore.replay.layouts import Plain
+from anystore.replay.sum_tree import float_dtype
+
+__all__ = ["Windows"]
+
+
+class Windows:
+    """What items come after others in their lanes; all by places, the positions among the items that are there.
+
+    Attributes
+    ----------
+    index_dtype : NumPy dtype
+        What the backend counts in.
+    """
+
+    def __init__(self, layout: Plain, lanes: Lanes, backend: Backend) -> None:
+        self._layout = layout
+        self._lanes = lanes
+        self._backend = backend
+        self.index_dtype = np.dtype("int64" if float_dtype(backend).itemsize == 8 else "int32")
+
+    def whole(self, num_steps: int, at_end: str, items: range) -> Callable[[Array], Array] | None:
+        """What tells which items begin a window that can be drawn; None if all do."""
+        if at_end != "cross" and not self._layout.knows_ends:
+            raise ValueError(
+                f'at_end="{at_end}" needs to know where episodes end; give the spec bool leaves "terminated" and '
+                '"truncated", or name them: ReplayBuffer(..., terminated="path")'
+            )
+        if at_end == "pad" or num_steps == 1 or (at_end == "cross" and self._lanes.in_step):
+            return None
+
+        def whole(places: Array) -> Array:
+            steps, reached = self._follow(places, items, num_steps)
+            if at_end == "whole":
+                reached = self._before_ends(steps, reached, items)
+            return self._backend.xp.all(reached, axis=-1)
+
+        return whole
+
+    def steps(self, places: Array, items: range, num_steps: int, at_end: str) -> tuple[Array, Array]:
+        """The places of windows, and which of their steps are real, both of shape (count, num_steps).
+
+        The places of the others are that of the last real one.
+        """
+        steps, real = self._follow(places, items, num_steps)
+        if at_end == "pad":
+            real = self._before_ends(steps, real, items) if self._layout.knows_ends else real
+            last = self._backend.xp.max(self._backend.xp.where(real, steps, steps[:, :1]), axis=-1)
+            steps = self._backend.xp.where(real, steps, last[:, None])
+        return steps, real
+
+    def returns(self, rewards: Array, mask: Array, terminated: Array, discount: float) -> tuple[Array, Array]:
+        """The discounted sums of the rewards of windows, and what the values after them count."""
+        xp = self._backend.xp
+        dtype = rewards.dtype if xp.isdtype(rewards.dtype, "real floating") else self._native("float32")
+        powers = self._backend.from_numpy(discount ** np.arange(mask.shape[1] + 1, dtype=np.float64).astype(float))
+        powers = xp.astype(powers, dtype)
+        factors = xp.where(mask, powers[:-1][None, :], xp.zeros_like(powers[:1])[None, :])
+        factors = xp.reshape(factors, factors.shape + (1,) * (rewards.ndim - 2))
+        counts = xp.sum(xp.astype(mask, self._native(self.index_dtype.name)), axis=-1)
+        discounts = xp.take(powers, counts, axis=0)
+        discounts = xp.where(terminated, xp.zeros_like(discounts), discounts)
+        return xp.sum(xp.astype(rewards, dtype) * factors, axis=1), discounts
+
+    def _follow(self, places: Array, items: range, num_steps: int) -> tuple[Array, Array]:
+        """The places of the items from each one on, and which of them are there; the others repeat the last."""
+        xp = self._backend.xp
+        if self._lanes.in_step:
+            strides = self._backend.from_numpy(np.arange(num_steps, dtype=self.index_dtype) * self._lanes.count)
+            steps = places[:, None] + strides[None, :]
+            return steps, steps < len(items)
+        found, there = [places], [places >= 0]
+        for _ in range(num_steps - 1):
+            after, is_there = self._lanes.ahead(found[-1], items)
+            found.append(after)
+            there.append(there[-1] & is_there)
+        return xp.stack(found, axis=1), xp.stack(there, axis=1)
+
+    def _before_ends(self, steps: Array, real: Array, items: range) -> Array:
+        """Which steps are there and not behind the end of an episode."""
+        xp = self._backend.xp
+        within = xp.where(real, steps, steps[:, :1])
+        ends = self._layout.ends(within, items) & real
+        count = xp.cumulative_sum(xp.astype(ends, self._native(self.index_dtype.name)), axis=1)
+        return real & (count - xp.astype(ends, count.dtype) == 0)
+
+    def _native(self, name: str) -> Any:
+        return self._backend.native_dtype(np.dtype(name))

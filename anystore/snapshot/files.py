@@ -1,0 +1,138 @@
+"""The system calls that a snapshot is written with: the one place where the tests count them, fail them and stop them.
+
+Callers name them through this module (``files.write``), so that whatever takes their place here is what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "LOCK",
+    "SnapshotError",
+    "close",
+    "create",
+    "fsync",
+    "list_names",
+    "locked",
+    "mkdir",
+    "open_regular",
+    "replace",
+    "sync_directory",
+    "truncate",
+    "unlink",
+    "write",
+]
+
+LOCK = "anystore.lock"
+"""The file that a writer holds a lock on; it is never removed, since two could then hold locks on two of them."""
+
+
+class SnapshotError(ValueError):
+    """A snapshot is damaged, is none, does not fit, or is being written by another; the message names the file."""
+
+
+def mkdir(path: Path) -> None:
+    """Make a directory."""
+    os.mkdir(path)
+
+
+def create(path: Path) -> int:
+    """A new file to write to, which must not be there yet."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def write(fd: int, data: Any) -> None:
+    """Write all of the bytes."""
+    view = memoryview(data)
+    while view.nbytes:
+        view = view[os.write(fd, view) :]
+
+
+def truncate(fd: int, nbytes: int) -> None:
+    """Give a file this size; what is new in it are zeros that take no room."""
+    os.ftruncate(fd, nbytes)
+
+
+def fsync(fd: int) -> None:
+    """Wait until the file is on the disk."""
+    os.fsync(fd)
+
+
+def close(fd: int) -> None:
+    """Close a file."""
+    os.close(fd)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give a file another name, in one step, in the place of whatever has that name."""
+    os.replace(source, target)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file."""
+    os.unlink(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def list_names(path: Path) -> list[str]:
+    """The names in a directory."""
+    return os.listdir(path)
+
+
+def open_regular(path: Path) -> int:
+    """A file to read from, which is no link, directory, pipe or device.
+
+    Raises
+    ------
+    SnapshotError
+        If it is any of these.
+    FileNotFoundError
+        If it is not there.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
+            raise SnapshotError(f"{path}: expected a regular file, found a link or a device") from None
+        raise
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise SnapshotError(f"{path}: expected a regular file, found a directory, a pipe or a device")
+
+
+@contextlib.contextmanager
+def locked(directory: Path, wait: bool = False) -> Iterator[None]:
+    """In which no other process or thread writes to the directory; the lock of a process that died is gone with it.
+
+    Raises
+    ------
+    SnapshotError
+        If another holds the lock, unless `wait`.
+    """
+    path = directory / LOCK
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise SnapshotError(f"{path}: another process or thread is writing to this directory") from None
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,345 @@
+"""Saving: new files beside the old ones, then a new manifest in the place of the old one, in one step.
+
+No file that a complete version names is ever written to again. Until the manifest is replaced, the old version is what
+there is; from then on the new one is. Whatever no manifest names is a leftover, and goes at the end of a save or at the
+beginning of the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.convert import to_numpy
+from anystore.snapshot import files
+from anystore.snapshot.changes import Changes
+from anystore.snapshot.described import describe
+from anystore.snapshot.files import LOCK, SnapshotError
+from anystore.snapshot.manifest import (
+    MANIFEST,
+    ArrayEntry,
+    File,
+    Layer,
+    Manifest,
+    StorageEntry,
+    kept_name,
+    kept_versions,
+    read_manifest,
+    render,
+)
+from anystore.snapshot.npy import ROWS, as_bytes, rows_at_a_time, write_npy
+from anystore.snapshot.progress import Callback, Progress
+
+if TYPE_CHECKING:
+    from anystore.storage import Storage
+
+__all__ = ["commit", "file_name", "prepared", "save_snapshot", "stage", "undone_on_error", "used_rows"]
+
+_OWN = re.compile(r"([0-9]{6,15})\..*\.npy|manifest-([0-9]{6,15})\.json|.*\.json\.new")
+"""The names that files of a snapshot have, besides the manifest and the lock."""
+_LAYERS = 64
+"""A storage that has so many layers is written whole."""
+
+
+def save_snapshot(
+    path: str | os.PathLike[str],
+    storages: Mapping[str, Storage],
+    *,
+    kind: str = "storage",
+    state: Mapping[str, Any] | None = None,
+    arrays: Mapping[str, NDArray[Any]] | None = None,
+    keep: int = 0,
+    progress: Callback | None = None,
+) -> None:
+    """Save storages, and what belongs to them, as the newest version of the snapshot at `path`: all or nothing.
+
+    Parameters
+    ----------
+    path : path
+        A directory; it is made if it is not there.
+    storages : dict of str to Storage
+        Of one that was last saved to or loaded from the newest version at `path`, only the rows are written that
+        were written since.
+    kind : {"storage", "replay"}
+        What `load` makes of it.
+    state : dict, optional
+        Anything that JSON can hold.
+    arrays : dict of str to array, optional
+        NumPy arrays, written in full each time.
+    keep : int, default 0
+        How many older versions stay loadable.
+    progress : callable, optional
+        Called with the bytes that are done and the bytes in all.
+
+    Raises
+    ------
+    SnapshotError
+        If another is writing there, or the directory holds something else, or a damaged or newer snapshot.
+    ValueError
+        If a dtype, a key or the state cannot be put into the manifest.
+    OSError
+        If the disk is full or fails; the old version is still there.
+    """
+    path = Path(path)
+    if keep < 0:
+        raise ValueError(f"expected to keep 0 or more versions, found {keep}")
+    entries = {name: _entry(storage) for name, storage in storages.items()}
+    with prepared(path, "replay" if kind == "replay" else "storage") as old:
+        draft = _Draft(path, _next_version(path), Manifest(uuid.uuid4().hex, 1, kind, {}, {}, dict(state or {})))
+        plans = {name: _plan(name, storages[name], entry, old) for name, entry in entries.items()}
+        with undone_on_error(path):
+            manifest = draft.write(storages, plans, arrays or {}, progress)
+            _keep(path, old, keep)
+            stage(path, MANIFEST, manifest)
+        commit(path, MANIFEST)
+        for name, storage in storages.items():
+            storage._track(Changes(manifest.id, name, storage.capacity))
+        _sweep(path)
+
+
+@contextlib.contextmanager
+def prepared(path: Path, *kinds: str, wait: bool = False) -> Iterator[Manifest | None]:
+    """The directory made, locked against other writers and rid of leftovers; and its manifest, if it has one.
+
+    Raises
+    ------
+    SnapshotError
+        If another is writing there, or it holds something else than a snapshot of one of these kinds.
+    """
+    if not path.is_dir():
+        with contextlib.suppress(FileExistsError):
+            files.mkdir(path)
+        files.sync_directory(path.parent)
+    _refuse_strangers(path)
+    with files.locked(path, wait):
+        old = read_manifest(path / MANIFEST) if os.path.lexists(path / MANIFEST) else None
+        if old is not None and old.kind not in kinds:
+            raise SnapshotError(f"{path}: expected a snapshot of kind {' or '.join(kinds)}, found one of {old.kind}")
+        _sweep(path)
+        yield old
+
+
+def _refuse_strangers(path: Path) -> None:
+    names = set(files.list_names(path))
+    if names and not names & {MANIFEST, LOCK}:
+        raise SnapshotError(f"{path}: expected an empty directory or a snapshot, found {', '.join(sorted(names))[:80]}")
+
+
+@contextlib.contextmanager
+def undone_on_error(path: Path) -> Iterator[None]:
+    """Within which an error removes what was written, so that a full disk is no fuller than before."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError, SnapshotError):
+            _sweep(path)
+        raise
+
+
+def stage(path: Path, name: str, manifest: Manifest) -> None:
+    """Write a manifest, and wait until it and the files that it names are on the disk; nobody looks at it yet."""
+    fd = files.create(path / f"{name}.new")
+    try:
+        files.write(fd, render(manifest))
+        files.fsync(fd)
+    finally:
+        files.close(fd)
+    files.sync_directory(path)
+
+
+def commit(path: Path, name: str) -> None:
+    """Let a staged manifest take its place."""
+    files.replace(path / f"{name}.new", path / name)
+    files.sync_directory(path)
+
+
+def _keep(path: Path, old: Manifest | None, keep: int) -> None:
+    """Give the manifest that is about to be replaced a name of its own, and forget those beyond `keep`."""
+    for version in kept_versions(path)[max(keep - 1, 0) :]:
+        files.unlink(path / kept_name(version))
+    if old is not None and keep:
+        stage(path, kept_name(old.version), old)
+        commit(path, kept_name(old.version))
+
+
+def _sweep(path: Path) -> None:
+    """Remove what no manifest names.
+
+    A file that cannot be removed does no harm but take room, and the next save tries again.
+    """
+    manifests = [MANIFEST, *map(kept_name, kept_versions(path))]
+    named = {name for each in manifests if os.path.lexists(path / each) for name in _names(path / each)}
+    for name in files.list_names(path):
+        if _OWN.fullmatch(name) and name not in named and name not in manifests:
+            with contextlib.suppress(OSError):
+                files.unlink(path / name)
+
+
+def _names(path: Path) -> set[str]:
+    return read_manifest(path).names()
+
+
+def _next_version(path: Path) -> int:
+    """A version whose files have names that nothing in the directory has."""
+    newest = [read_manifest(path / MANIFEST).version] if os.path.lexists(path / MANIFEST) else []
+    matches = [match for match in map(_OWN.fullmatch, files.list_names(path)) if match]
+    return max([0, *newest, *(int(match[1] or match[2] or 0) for match in matches)]) + 1
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a layer: a run of them, or those that a mask has."""
+
+    start: int | None
+    count: int
+    mask: NDArray[np.bool_] | None = None
+
+    @staticmethod
+    def of(mask: NDArray[np.bool_]) -> _Rows:
+        count = int(np.count_nonzero(mask))
+        start = int(mask.argmax()) if count else 0
+        if count == 0 or mask[start : start + count].all():
+            return _Rows(start, count)
+        return _Rows(None, count, mask)
+
+    def pieces(self, step: int) -> Iterator[Any]:
+        """The rows, at most so many at a time, as a backend takes them."""
+        if self.mask is None:
+            start, stop = self.start or 0, (self.start or 0) + self.count
+            for first in range(start, stop, step):
+                yield range(first, min(first + step, stop))
+            return
+        for block in range(0, len(self.mask), ROWS):
+            rows = np.flatnonzero(self.mask[block : block + ROWS]) + block
+            for first in range(0, len(rows), step):
+                yield rows[first : first + step]
+
+
+def _entry(storage: Storage) -> StorageEntry:
+    """What the manifest says of a storage, without its layers."""
+    return StorageEntry(storage.capacity, storage.casting, describe(storage.data_spec))
+
+
+def _plan(name: str, storage: Storage, entry: StorageEntry, old: Manifest | None) -> tuple[StorageEntry, _Rows]:
+    """The layers that stay, and the rows that are to be written."""
+    changes = storage._changes
+    there = None if old is None else old.storages.get(name)
+    known = changes is not None and old is not None and (changes.snapshot, changes.name) == (old.id, name)
+    lent = storage._lent.ever and storage._backend.has_views
+    if known and there is not None and not lent and there.spec == entry.spec:
+        rows = _Rows.of(changes.mask)  # type: ignore[union-attr]  # known says that there are changes
+        written = sum(layer.count for layer in there.layers[1:]) + rows.count
+        if written <= max(there.layers[0].count, 1) and len(there.layers) < _LAYERS:
+            return there, rows
+    return replace(entry, layers=()), _Rows(0, used_rows(storage))
+
+
+def used_rows(storage: Storage) -> int:
+    """The row from which on a storage holds nothing but bytes of zero, as rows do that were never written."""
+    used = 0
+    for buffer, spec in zip(storage._buffers, storage._nest.specs):
+        step = rows_at_a_time(spec.nbytes)
+        for stop in range(storage.capacity if spec.nbytes else 0, used, -step):
+            rows = range(max(stop - step, used), stop)
+            data = as_bytes(_host(storage, buffer, rows))
+            if np.count_nonzero(data):
+                used = rows.start + _last(data.reshape(len(rows), -1).any(axis=1)) + 1
+                break
+    return used
+
+
+def _last(mask: Any) -> int:
+    """The last place where a mask is true; there is one."""
+    stop = len(mask)
+    while not mask[max(stop - ROWS, 0) : stop].any():
+        stop -= ROWS
+    start = max(stop - ROWS, 0)
+    return start + int(np.flatnonzero(mask[start:stop])[-1])
+
+
+def _host(storage: Storage, buffer: Any, rows: Any) -> NDArray[Any]:
+    (leaf,) = storage._backend.gather([buffer], rows, None)
+    return to_numpy(leaf)
+
+
+class _Draft:
+    """The files of a version that no manifest names yet."""
+
+    def __init__(self, path: Path, version: int, manifest: Manifest) -> None:
+        self._path = path
+        self._version = version
+        self._manifest = replace(manifest, version=version)
+        self._taken: set[str] = set()
+
+    def write(
+        self,
+        storages: Mapping[str, Storage],
+        plans: Mapping[str, tuple[StorageEntry, _Rows]],
+        arrays: Mapping[str, NDArray[Any]],
+        callback: Callback | None,
+    ) -> Manifest:
+        """Write the files; the manifest that names them."""
+        rows_nbytes = sum(rows.count * entry.row_nbytes for entry, rows in plans.values())
+        total = rows_nbytes + sum(array.nbytes for array in arrays.values())
+        with Progress("saving", total, callback) as self._progress, ThreadPoolExecutor(1) as self._threads:
+            entries = {
+                name: self._add_layer(name, storages[name], entry, rows) for name, (entry, rows) in plans.items()
+            }
+            added = {name: self._add_array(name, array) for name, array in arrays.items()}
+        return replace(self._manifest, storages=entries, arrays=added, written_by=_version_of_anystore())
+
+    def _add_layer(self, name: str, storage: Storage, entry: StorageEntry, rows: _Rows) -> StorageEntry:
+        if rows.count == 0 and entry.layers:
+            return entry
+        index, last = None, rows.count + (rows.start or 0)
+        if rows.mask is not None:
+            last = _last(rows.mask) + 1
+            lists = (np.asarray(piece, np.int64) for piece in rows.pieces(ROWS))
+            index = self._write([name, "rows"], (rows.count,), np.dtype(np.int64), lists, lambda _: None)
+        leaves = {
+            path: self._add_leaf([name, path], storage, storage._nest.paths.index(path), rows) for path in entry.leaves
+        }
+        layer = Layer(rows.count, rows.start, index, leaves)
+        return replace(entry, rows=max(entry.rows, last), layers=(*entry.layers, layer))
+
+    def _add_leaf(self, parts: Sequence[str], storage: Storage, position: int, rows: _Rows) -> File:
+        spec, buffer = storage._nest.specs[position], storage._buffers[position]
+        pieces = (_host(storage, buffer, piece) for piece in rows.pieces(rows_at_a_time(spec.nbytes)))
+        return self._write(parts, (rows.count, *spec.shape), spec.dtype, pieces, self._progress.advance)
+
+    def _add_array(self, name: str, array: NDArray[Any]) -> ArrayEntry:
+        step = rows_at_a_time(array[:1].nbytes) if array.ndim else 1
+        pieces = (array[start : start + step] for start in range(0, len(array), step)) if array.ndim else [array]
+        file = self._write(["array", name], array.shape, array.dtype, pieces, self._progress.advance)
+        return ArrayEntry(file, array.shape, array.dtype)
+
+    def _write(self, parts: Sequence[str], shape: Any, dtype: Any, pieces: Any, advance: Any) -> File:
+        name = file_name(self._version, parts, self._taken)
+        return File(name, write_npy(self._path / name, shape, dtype, pieces, advance, self._threads))
+
+
+def file_name(version: int, parts: Sequence[str], taken: set[str]) -> str:
+    """A name for a file, after the path of a leaf, that is safe on any file system and not among those `taken`."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", ".", "/".join(parts)).strip(".")[:100]
+    name, number = readable, 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{readable}.{number}"
+    taken.add(name.lower())
+    return f"{version:06}.{name}.npy"
+
+
+def _version_of_anystore() -> str:
+    import anystore
+
+    return f"anystore {anystore.__version__}"
