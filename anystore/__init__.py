@@ -4,9 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from anystore.backends import Backend, BackendInfo, available_backends, select_backend
-from anystore.handover import to_library
 from anystore.plan import Plan, plan
-from anystore.snapshot import SnapshotError, load
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
 
@@ -27,18 +25,33 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from anystore.handover import to_library as to_library
+    from anystore.snapshot import SnapshotError as SnapshotError
+    from anystore.snapshot import load as load
     from anystore.tf import NumpyState as NumpyState
     from anystore.tf import NumpyStorage as NumpyStorage
 
+_LATER = {
+    "NumpyState": "anystore.tf",
+    "NumpyStorage": "anystore.tf",
+    "SnapshotError": "anystore.snapshot",
+    "load": "anystore.snapshot",
+    "to_library": "anystore.handover",
+}
+"""What is imported when it is asked for: for the sake of TensorFlow, and of time."""
+
 
 def __getattr__(name: str) -> Any:
-    """The two names that need TensorFlow, which is imported when one of them is asked for."""
-    if name not in ("NumpyState", "NumpyStorage"):
+    """The names of `_LATER`."""
+    if name not in _LATER:
         raise AttributeError(f"module 'anystore' has no attribute {name!r}")
     try:
-        tf = importlib.import_module("anystore.tf")
+        module = importlib.import_module(_LATER[name])
     except ImportError as error:
+        if _LATER[name] != "anystore.tf":
+            raise
         raise ImportError(
             f"anystore.{name} needs TensorFlow, which cannot be imported ({error}); pip install 'anystore[tensorflow]'"
         ) from error
-    return getattr(tf, name)
+    found = globals()[name] = getattr(module, name)
+    return found

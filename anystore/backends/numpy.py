@@ -58,7 +58,7 @@ class NumpyBackend(Backend):
 
     def scatter(self, buffers: Sequence[NDArray[Any]], rows: Rows, leaves: Sequence[Array]) -> None:
         if not moves.scatter(buffers, rows, leaves):
-            raise ValueError("the buffers are read-only; nothing was written")
+            raise ValueError("the buffers are read-only, as with mode='r'; nothing was written")
 
     def scatter_as_is(self, buffers: Sequence[NDArray[Any]], rows: Rows, leaves: Sequence[Any]) -> bool:
         return moves.scatter(buffers, rows, leaves)

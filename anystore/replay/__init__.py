@@ -1,6 +1,20 @@
 """Experience replay on a storage: what a training loop adds to and samples from, on any device."""
 
 from anystore.replay.buffer import ReplayBuffer, Sample
+from anystore.replay.feed import Batches, tf_dataset, torch_dataset
+from anystore.replay.gymnasium import Recorder, transition_spec
 from anystore.replay.samplers import Prioritized, Recent, Sampler, Uniform
 
-__all__ = ["Prioritized", "Recent", "ReplayBuffer", "Sample", "Sampler", "Uniform"]
+__all__ = [
+    "Batches",
+    "Prioritized",
+    "Recent",
+    "Recorder",
+    "ReplayBuffer",
+    "Sample",
+    "Sampler",
+    "Uniform",
+    "tf_dataset",
+    "torch_dataset",
+    "transition_spec",
+]

@@ -7,7 +7,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from anystore.backends.base import Array
 from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, label
 from anystore.plan import as_capacity
+from anystore.replay.feed import Batches
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
 from anystore.replay.ring import Ring
@@ -148,7 +149,9 @@ class ReplayBuffer:
         self._reward = self._find(reward, "reward", None)
         self._terminated = self._find(terminated, "terminated", "bool")
         self._truncated = self._find(truncated, "truncated", "bool")
-        ends = [path for path in (self._terminated, self._truncated) if path is not None]
+        flags = self._terminated, self._truncated
+        if flags[0] is not None and flags[0] == flags[1]:
+            raise ValueError(f"{label(flags[0])}: expected a leaf for terminated and another for truncated, found one")
         self._following = self._paths_after(following, shared or {})
         options: dict[str, Any] = {"backend": self._backend, "casting": casting}
         self._parts = {
@@ -161,9 +164,9 @@ class ReplayBuffer:
         }
         self._layout: Plain
         if shared or stacks:
-            self._layout = Shared(self._nest, self._ring, self._lanes, shared or {}, stacks or {}, ends, options)
+            self._layout = Shared(self._nest, self._ring, self._lanes, shared or {}, stacks or {}, *flags, options)
         else:
-            self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, ends)
+            self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, *flags)
         self._windows = Windows(self._layout, self._lanes, self._backend)
         self._random = self._backend.random(seed)
         self.sampler = Uniform() if sampler is None else sampler
@@ -306,7 +309,7 @@ class ReplayBuffer:
         count = self._count(batch)
         with self.lock:
             of_items = self._lanes.of_batch(count, lanes)
-            for part, number in self._layout.admit(batch, count) if count else ():
+            for part, number in self._layout.admit(batch, count):
                 self._layout.write(part, number, of_items)
                 self._lanes.added(number, of_items)
                 self._advance(number)
@@ -336,12 +339,7 @@ class ReplayBuffer:
             If the spec has no flag for it, or the lanes are not right.
         """
         with self.lock:
-            if not self._layout.knows_ends:
-                raise ValueError('no leaf tells where episodes end; give the spec a bool leaf "truncated", or name it')
-            chosen = np.arange(self._lanes.count) if lanes is None else np.asarray(lanes, np.intp)
-            if chosen.size and (chosen.min() < 0 or chosen.max() >= self._lanes.count):
-                raise ValueError(f"expected lanes below {self._lanes.count}, found {chosen.tolist()}")
-            self._layout.end(chosen)
+            self._layout.end(self._lanes.named(lanes))
 
     def clear(self) -> None:
         """Forget all items; `total_added` goes on from where it is, and settings and generator stay as they are."""
@@ -395,15 +393,14 @@ class ReplayBuffer:
         -----
         n-step returns: Sutton and Barto, "Reinforcement Learning: An Introduction" (2018), section 7.1.
         """
-        _check_counts(batch_size, num_steps, n_step)
-        if at_end not in ("cross", "pad", "whole"):
-            raise ValueError(f'expected at_end to be "cross", "pad" or "whole", found {at_end!r}')
+        batch_size = as_count("batch_size", batch_size)
+        how = _How.of(num_steps, at_end, n_step, discount)
         with self.lock:
             items = self._ring.items
-            candidates, usable = self._choice(items, num_steps or 1, at_end if num_steps else "cross")
+            candidates, usable = self._choice(items, how)
             drawn = self._draw(batch_size, candidates, usable)
             self._sampled += batch_size
-            return self._sample_of(drawn, candidates, items, num_steps, at_end, n_step, discount)
+            return self._sample_of(drawn, candidates, items, how, self.sampler.weights(drawn, candidates))
 
     def one_pass(
         self,
@@ -419,50 +416,56 @@ class ReplayBuffer:
         Takes what `sample` takes; the sampler has no part in it. Items that are overwritten before their turn has come
         are left out.
         """
-        _check_counts(batch_size, num_steps, n_step)
+        batch_size = as_count("batch_size", batch_size)
+        how = _How.of(num_steps, at_end, n_step, discount)
         with self.lock:
-            candidates, usable = self._choice(self._ring.items, num_steps or 1, at_end if num_steps else "cross")
-            start = candidates.start
-            order = to_numpy(self._random.permutation(len(candidates)))
-            if usable is not None:
-                every = self._backend.from_numpy(np.arange(len(candidates)))
-                order = order[to_numpy(usable(every))[order]]
-        return self._pass_through(order + start, batch_size, num_steps, at_end, n_step, discount)
+            candidates, _ = self._choice(self._ring.items, how)
+            numbers = to_numpy(self._random.permutation(len(candidates))).astype(np.int64) + candidates.start
+        return self._pass_through(numbers, batch_size, how)
 
-    def _pass_through(self, numbers: Any, batch_size: int, *how: Any) -> Iterator[Sample]:
-        for position in range(0, len(numbers), batch_size):
+    def _pass_through(self, numbers: Any, batch_size: int, how: _How) -> Iterator[Sample]:
+        position = 0
+        while position < len(numbers):
             with self.lock:
                 items = self._ring.items
-                there = numbers[position : position + batch_size]
-                there = there[there >= items.start + self._margin(items)]
-                if len(there) == 0:
-                    continue
-                self._sampled += len(there)
-                drawn = self._backend.from_numpy(there - items.start)
-                sample = self._sample_of(drawn, items, items, *how, weighted=False)
+                oldest, tests = self._requirements(items, how)
+                chosen: list[Any] = []
+                while position < len(numbers) and len(chosen) < batch_size:
+                    some = numbers[position : position + batch_size - len(chosen)]
+                    position += len(some)
+                    some = some[some >= items.start + oldest]
+                    for test in tests if len(some) else ():
+                        some = some[to_numpy(test(self._backend.from_numpy(some - items.start)))]
+                    chosen.extend(some)
+                if not chosen:
+                    return
+                self._sampled += len(chosen)
+                sample = self._sample_of(self._backend.from_numpy(np.asarray(chosen) - items.start), items, items, how)
             yield sample
 
-    def _margin(self, items: range) -> int:
-        """How many of the oldest items may be unreadable: their frames may be overwritten."""
-        return self._layout.margin * self._lanes.count if self._ring.overwrote else 0
-
-    def _choice(self, items: range, num_steps: int, at_end: AtEnd) -> tuple[range, Usable | None]:
-        """The items to draw from, and what tells which of them are of use; None if all are."""
-        if not items:
-            raise ValueError("the buffer is empty; add items before sampling")
-        newest = 0 if at_end == "pad" else (num_steps - 1) * self._lanes.count
-        oldest = self._margin(items)
-        candidates = range(items.start + oldest, max(items.start + oldest, items.stop - newest))
-        if not candidates:
-            raise ValueError(
-                f"{len(items)} items of {self._lanes.count} lane(s) hold no window of {num_steps} steps that can be "
-                "drawn; add more, or ask for fewer steps"
-            )
+    def _requirements(self, items: range, how: _How) -> tuple[int, list[Usable]]:
+        """How many of the oldest items cannot be read, and what tells of others whether they are of use."""
+        oldest = self._layout.margin * self._lanes.count if self._ring.overwrote else 0
         tests = []
-        if (whole := self._windows.whole(num_steps, at_end, items)) is not None:
+        if (whole := self._windows.whole(how.num_steps or 1, how.at_end, items)) is not None:
             tests.append(whole)
         if oldest and not self._lanes.in_step:
             tests.append(lambda places: self._layout.whole(places, items))
+        return oldest, tests
+
+    def _choice(self, items: range, how: _How) -> tuple[range, Usable | None]:
+        """The items to draw from, and what tells which of their places are of use; None if all are."""
+        if not items:
+            raise ValueError("the buffer is empty; add items before sampling")
+        oldest, tests = self._requirements(items, how)
+        steps = (how.num_steps or 1) - 1
+        newest = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
+        candidates = range(items.start + oldest, max(items.start + oldest, items.stop - newest))
+        if not candidates:
+            raise ValueError(
+                f"{len(items)} items of {self._lanes.count} lane(s) hold no window of {steps + 1} steps that can be "
+                "drawn; add more, or ask for fewer steps"
+            )
         if not tests:
             return candidates, None
         return candidates, lambda places: functools.reduce(operator.and_, [test(places + oldest) for test in tests])
@@ -475,12 +478,22 @@ class ReplayBuffer:
         places = sampler.draw(count, items)
         if sampler.inside and usable is None and not sampler.distinct:
             return places
+        places = self._as_places(places, count)
         for _ in range(_ROUNDS):
             bad = self._useless(places, items, usable)
             if bad is None:
                 return places
-            places = self._backend.put(places, bad, sampler.draw(bad.shape[0], items))
+            again = self._as_places(sampler.draw(bad.shape[0], items), bad.shape[0])
+            places = self._backend.put(places, bad, again)
         return self._draw_exactly(count, items, usable)
+
+    def _as_places(self, places: Array, count: int) -> Array:
+        """What a sampler drew, in an array of the buffer's own."""
+        if not is_array(places) or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
+            name = type(self.sampler).__name__
+            raise TypeError(f"expected {count} places from {name}.draw, a flat array of integers, found {places!r:.80}")
+        index_dtype = self._backend.native_dtype(self._windows.index_dtype)
+        return places if self.sampler.inside else self._backend.xp.astype(places, index_dtype, copy=True)
 
     def _useless(self, places: Array, items: range, usable: Usable | None) -> Array | None:
         """The positions of the draws to be made anew, or None."""
@@ -506,7 +519,11 @@ class ReplayBuffer:
         if self.sampler.distinct:
             if count > found:
                 raise ValueError(f"expected at most {found} draws without replacement, found {count}")
-            return xp.take(places, self._random.permutation(found)[:count], axis=0)
+            if chances is None:
+                return xp.take(places, self._random.permutation(found)[:count], axis=0)
+            # Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006).
+            keys = xp.log(self._random.uniform(found)) / xp.take(chances, places, axis=0)
+            return xp.take(places, xp.argsort(keys, descending=True)[:count], axis=0)
         if chances is None:
             return xp.take(places, self._random.integers(found, count), axis=0)
         sums = xp.cumulative_sum(xp.take(chances, places, axis=0))
@@ -514,31 +531,21 @@ class ReplayBuffer:
         return xp.take(places, xp.minimum(chosen, xp.full_like(chosen, found - 1)), axis=0)
 
     def _sample_of(
-        self,
-        drawn: Array,
-        candidates: range,
-        items: range,
-        num_steps: int | None,
-        at_end: AtEnd,
-        n_step: int | None,
-        discount: float,
-        *,
-        weighted: bool = True,
+        self, drawn: Array, candidates: range, items: range, how: _How, weights: Array | None = None
     ) -> Sample:
         """The items that were drawn, by their places among the candidates."""
-        weights = self.sampler.weights(drawn, candidates) if weighted else None
         shift = candidates.start - items.start
         places = drawn + shift if shift else drawn
         rows = places + items.start % self._period if items.start else places
         if items.start % self._period + len(items) > self._period:
             rows = rows % self._period
-        if n_step is not None:
-            merged, discounts = self._merged(places, items, n_step, discount)
+        if how.n_step is not None:
+            merged, discounts = self._merged(places, items, how.n_step, how.discount)
             return Sample(merged, rows, weights, discounts=discounts)
-        if num_steps is None:
+        if how.num_steps is None:
             return Sample(self._layout.read(places, items), rows, weights)
-        steps, mask = self._windows.steps(places, items, num_steps, at_end)
-        return Sample(self._layout.read(steps, items), rows, weights, mask if at_end == "pad" else None)
+        steps, mask = self._windows.steps(places, items, how.num_steps, how.at_end)
+        return Sample(self._layout.read(steps, items), rows, weights, mask if how.at_end == "pad" else None)
 
     def _merged(self, places: Array, items: range, n_step: int, discount: float) -> tuple[Any, Array]:
         """Items that stand for `n_step` steps each, and what the value after them counts."""
@@ -555,6 +562,35 @@ class ReplayBuffer:
         leaves = self._nest.flatten(self._layout.read(places, items))
         merged = [parts.get(path, leaf) for path, leaf in zip(self._nest.paths, leaves)]
         return self._nest.pack(merged), discounts
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        prefetch: int = 2,
+        to: str | None = None,
+        copy: bool | None = None,
+        count: int | None = None,
+        **options: Any,
+    ) -> Batches:
+        """Samples without end, drawn ahead on a thread while the learner works.
+
+        Parameters
+        ----------
+        batch_size : int
+            How many items each has.
+        prefetch, to, copy, count
+            As for `Batches`: how many are drawn ahead, in the arrays of which library they are handed over, and how
+            many there are.
+        **options
+            Those of `sample`.
+
+        Returns
+        -------
+        Batches
+            An iterator of `Sample`.
+        """
+        return Batches(self, batch_size, prefetch=prefetch, to=to, copy=copy, count=count, **options)
 
     def update_priorities(self, rows: Array, priorities: Any) -> int:
         """Give items that were sampled new priorities; those that are gone since are left out.
@@ -619,12 +655,41 @@ def below(path: str, part: str) -> bool:
     return path == part or path.startswith(f"{part}/") or part == ""
 
 
-def _check_counts(batch_size: int, num_steps: int | None, n_step: int | None) -> None:
-    for name, count in (("batch_size", batch_size), ("num_steps", num_steps), ("n_step", n_step)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"expected a {name} of 1 or more, found {count!r}")
-    if num_steps is not None and n_step is not None:
-        raise ValueError("expected num_steps for windows or n_step for n-step returns, found both")
+class _How(NamedTuple):
+    """What a sample is to be of: items, windows, or n-step returns."""
+
+    num_steps: int | None
+    at_end: str
+    n_step: int | None
+    discount: float
+
+    @classmethod
+    def of(cls, num_steps: int | None, at_end: str, n_step: int | None, discount: float) -> _How:
+        """As the user gave it, checked."""
+        num_steps = None if num_steps is None else as_count("num_steps", num_steps)
+        n_step = None if n_step is None else as_count("n_step", n_step)
+        if num_steps is not None and n_step is not None:
+            raise ValueError("expected num_steps for windows or n_step for n-step returns, found both")
+        if at_end not in ("cross", "pad", "whole"):
+            raise ValueError(f'expected at_end to be "cross", "pad" or "whole", found {at_end!r}')
+        return cls(num_steps, at_end if num_steps is not None else "cross", n_step, discount)
+
+
+def as_count(name: str, count: Any) -> int:
+    """A count as a user gave it.
+
+    Raises
+    ------
+    ValueError
+        If it is no positive integer.
+    """
+    try:
+        number = 0 if isinstance(count, (bool, np.bool_)) else operator.index(count)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"expected a {name} of 1 or more, found {count!r}")
+    return number
 
 
 def _repeated(places: Array, xp: Any) -> Array:

@@ -24,8 +24,8 @@ __all__ = ["Recorder", "transition_spec"]
 Autoreset = Literal["next_step", "same_step", "disabled"]
 
 _AUTORESETS: tuple[Autoreset, ...] = ("next_step", "same_step", "disabled")
-_FLAGS = ("terminated", "truncated")
-_PARTS = ("obs", "action", "reward", "next_obs", *_FLAGS)
+_PARTS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+_FLAG = ArraySpec((), "bool")
 
 
 def transition_spec(env: Any, *, reward: DTypeLike = "float32", floats: DTypeLike | None = None) -> dict[str, Any]:
@@ -55,10 +55,9 @@ def transition_spec(env: Any, *, reward: DTypeLike = "float32", floats: DTypeLik
     """
     spaces = _spaces(env)
     Nest(spaces)  # which refuses what cannot be stored, with its path
-    obs, action = (_narrowed(spaces[part], None if floats is None else as_dtype(floats)) for part in ("obs", "action"))
-    flag = ArraySpec((), "bool")
-    parts = (obs, action, ArraySpec((), reward), obs, flag, flag)
-    return dict(zip(_PARTS, parts))
+    specs = {part: _narrowed(space, None if floats is None else as_dtype(floats)) for part, space in spaces.items()}
+    specs |= {"reward": ArraySpec((), reward), "terminated": _FLAG, "truncated": _FLAG}
+    return {part: specs[part] for part in _PARTS}
 
 
 def _spaces(env: Any) -> dict[str, Any]:
@@ -123,8 +122,9 @@ class Recorder:
     its end, be that a termination or a truncation, and never the first one of the next episode. A step that only resets
     an environment is not added. An episode that is broken off by a reset is marked as truncated.
 
-    A step that is refused changes nothing, in the buffer or the recorder. Observations are copied, so an environment may
-    write the next one over the last. One thread at a time may use a recorder; others may use its buffer meanwhile.
+    A step that is refused changes nothing, in the buffer or the recorder. Observations are copied, so that an
+    environment may write the next one over the last. One thread at a time may use a recorder; others may use its
+    buffer meanwhile.
 
     The modes are those of Gymnasium 1.1 and later, https://farama.org/Vector-Autoreset-Mode; Gymnasium 1.0 has only
     "next_step".
@@ -164,7 +164,7 @@ class Recorder:
         self._nest_of_obs = Nest(self._parts["obs"])
         self._obs: Any = None
         self._running = np.zeros(buffer.lanes, bool)
-        self._return = np.zeros(buffer.lanes)
+        self._return = np.zeros((buffer.lanes, *getattr(self._parts.get("reward"), "shape", ())))
         self._length = np.zeros(buffer.lanes, int)
         self.episodes = 0
         self.returns: deque[float] = deque(maxlen=100)
@@ -172,13 +172,13 @@ class Recorder:
 
     def _check_spec(self, env: Any) -> None:
         advice = "transition_spec(env) is a spec that fits"
-        for part in ("obs", *_FLAGS):
+        for part in ("obs", "terminated", "truncated"):
             if part not in self._parts:
-                raise ValueError(f"expected a part {part!r} in the spec, found {', '.join(self._parts)}; {advice}")
-        flag = ArraySpec((), "bool")
-        for part in _FLAGS:
-            if self._parts[part] != flag:
-                raise ValueError(f"{part}: expected {flag}, found {self._parts[part]}; {advice}")
+                there = ", ".join(map(str, self._parts)) or "a single leaf"
+                raise ValueError(f"expected a part {part!r} in the spec, found {there}; {advice}")
+        for part in ("terminated", "truncated"):
+            if self._parts[part] != _FLAG:
+                raise ValueError(f"{part}: expected {_FLAG}, found {self._parts[part]}; {advice}")
         spaces = _spaces(env)
         of_spaces = Nest({part: spaces[part] for part in spaces if part in self._parts})
         found = dict(zip(self._nest.paths, self._nest.specs))
@@ -219,8 +219,10 @@ class Recorder:
         if len(chosen) < len(self._running):
             if self._obs is None:
                 raise ValueError("no environment was reset so far; reset all of them first, without lanes=")
-            rest = np.setdiff1d(np.arange(len(self._running)), chosen)
-            leaves = [_with_rows(new, rest, old[rest, ...]) for new, old in zip(leaves, self._obs)]
+            leaves = [
+                _with_rows(old, chosen, [new[lane, ...] for lane in chosen.tolist()])
+                for old, new in zip(self._obs, leaves)
+            ]
         broken = chosen[self._running[chosen] & (self._length[chosen] > 0)]
         if broken.size:
             self.buffer.end_episode(broken)
@@ -253,6 +255,7 @@ class Recorder:
             As `ReplayBuffer.extend`.
         """
         ended = self._flags("terminated", terminated) | self._flags("truncated", truncated)
+        rewards = self._on_host("reward", reward, self._return.shape[1:])
         live = self._live()
         if others.keys() != self._others:
             raise ValueError(
@@ -264,7 +267,7 @@ class Recorder:
         parts |= {"obs": self._nest_of_obs.pack(self._obs), "next_obs": self._nest_of_obs.pack(following)}
         self._add(self._make(**{name: parts[name] for name in self._parts}), live)
         self._obs = [_copy(leaf) for leaf in leaves]
-        self._count(_host(reward), ended, live)
+        self._count(rewards, ended, live)
 
     # Its parts ------------------------------------------------------------------------------------------------------
 
@@ -293,26 +296,24 @@ class Recorder:
         return np.unique(named).astype(np.intp)
 
     def _flags(self, name: str, flags: Any) -> NDArray[np.bool_]:
-        found = _host(flags)
-        if found.shape != self._lead:
-            raise ValueError(
-                f"{name}: expected shape {self._lead}, a flag for each environment, found {found.shape}"
-                if self._lead
-                else f"{name}: expected a flag, found an array of shape {found.shape}"
-            )
-        return found.reshape(-1).astype(bool)
+        return self._on_host(name, flags, ()).astype(bool)
+
+    def _on_host(self, name: str, value: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        """What each environment returned, as a NumPy array with an axis of environments in front."""
+        found = _host(value)
+        if found.shape != self._lead + shape:
+            raise ValueError(f"{name}: expected shape {self._lead + shape}, found {found.shape}")
+        return found.reshape(len(self._running), *shape)
 
     def _live(self) -> NDArray[np.intp]:
         """The environments that this step was one of an episode for, and not a reset."""
         if self._obs is None:
             raise ValueError("there is nothing to step from; call reset with what env.reset() returned first")
         if self.autoreset == "disabled" and not self._running.all():
-            over = np.flatnonzero(~self._running).tolist() if self._lead else ""
+            over = f"environment(s) {np.flatnonzero(~self._running).tolist()}" if self._lead else "the environment"
             raise ValueError(
-                f"the episode of environment(s) {over} is over, and nothing resets them; call env.reset, and this "
-                "recorder's reset with what that returned" + (", and lanes=" if self._lead else "")
-                if self._lead
-                else "the episode is over; call env.reset(), and this recorder's reset with what that returned"
+                f"an episode of {over} is over, and nothing resets it; call env.reset, and this recorder's reset with "
+                f"what that returned{', and lanes=' if self._lead else ''}"
             )
         return np.flatnonzero(self._running)
 
@@ -323,10 +324,10 @@ class Recorder:
             return leaves
         final = info.get("final_obs") if isinstance(info, Mapping) else None
         if self.autoreset != "same_step":
-            if final is not None:
+            if final is not None and self._lead:
                 raise ValueError(
-                    f"autoreset is {self.autoreset!r}, yet the infos hold final_obs, as of an environment that is reset "
-                    'within the same step; pass autoreset="same_step"'
+                    f"autoreset is {self.autoreset!r}, yet the infos hold final_obs, as where an environment is reset "
+                    'within the same step; if so, pass autoreset="same_step"'
                 )
             return leaves
         rows = [self._nest_of_obs.flatten(self._final(final, info, lane)) for lane in lanes.tolist()]
@@ -366,12 +367,12 @@ class Recorder:
 
     def _count(self, reward: NDArray[Any], ended: NDArray[np.bool_], live: NDArray[np.intp]) -> None:
         """Go on to where the environments are now."""
-        self._return[live] += reward.reshape(-1)[live]
+        self._return[live] += reward[live]
         self._length[live] += 1
         self._running[:] = True
         for lane in live[ended[live]].tolist():
             self.episodes += 1
-            self.returns.append(float(self._return[lane]))
+            self.returns.append(self._return[lane].tolist())
             self.lengths.append(int(self._length[lane]))
             self._return[lane], self._length[lane] = 0.0, 0
             self._running[lane] = self.autoreset == "same_step"
@@ -411,7 +412,7 @@ def _is_wrapped_in_autoreset(env: Any) -> bool:
     while env is not None:
         if any(cls.__name__ == "Autoreset" for cls in type(env).__mro__):
             return True
-        env = vars(env).get("env")
+        env = getattr(env, "env", None)
     return False
 
 
@@ -451,7 +452,7 @@ def _rows(leaf: Any, lanes: NDArray[np.intp]) -> Array:
 
 
 def _with_rows(leaf: Any, lanes: NDArray[np.intp], rows: Any) -> Array:
-    """A copy of a batch with other rows at these lanes, of its dtype, as vector environments cast what they are given."""
+    """A copy of a batch with other rows at these lanes, cast to its dtype as vector environments cast observations."""
     if isinstance(leaf, np.ndarray) or not is_array(leaf):
         replaced = np.array(leaf)
         replaced[lanes] = [_host(row) for row in rows]
@@ -459,4 +460,5 @@ def _with_rows(leaf: Any, lanes: NDArray[np.intp], rows: Any) -> Array:
     xp = array_namespace(leaf)
     new = dict(zip(lanes.tolist(), rows))
     here = {"dtype": leaf.dtype, "device": device(leaf)}
-    return xp.stack([xp.asarray(new[lane], **here) if lane in new else leaf[lane, ...] for lane in range(len(leaf))])
+    count = leaf.shape[0]
+    return xp.stack([xp.asarray(new[lane], **here) if lane in new else leaf[lane, ...] for lane in range(count)])

@@ -65,20 +65,33 @@ class Lanes:
                     "for items of some lanes only, name these with lanes="
                 )
             return None
+        named = self.named(lanes)
+        if len(named) != count:
+            raise ValueError(f"expected a lane for each of {count} items, found {len(named)} lanes")
+        return None if np.array_equal(named, np.arange(self.count)) else named
+
+    def named(self, lanes: Any) -> NDArray[np.intp]:
+        """The lanes that a user named: by integers, each once, or by a mask over all; None for all.
+
+        Raises
+        ------
+        ValueError
+            If they are not among those of the buffer.
+        """
+        if lanes is None:
+            return np.arange(self.count)
         named = np.asarray(lanes)
         if named.dtype == np.bool_ and named.shape == (self.count,):
-            named = np.flatnonzero(named)
+            return np.flatnonzero(named)
         if named.size == 0:
-            named = named.astype(np.intp)
-        if named.dtype.kind not in "iu" or named.shape != (count,):
+            return np.empty(0, np.intp)
+        if named.ndim != 1 or named.dtype.kind not in "iu":
             raise ValueError(
-                f"expected the lanes of {count} items, an integer for each or a mask of {self.count}, "
-                f"found {named.dtype} of shape {named.shape}"
+                f"expected lanes, a flat sequence of integers or a mask of {self.count}, found {named.dtype} of shape "
+                f"{named.shape}"
             )
-        if count and (named.min() < 0 or named.max() >= self.count or len(np.unique(named)) < count):
-            raise ValueError(f"expected lanes below {self.count}, each of them once, found {named.tolist()}")
-        if count == self.count and np.array_equal(named, np.arange(count)):
-            return None
+        if named.min() < 0 or named.max() >= self.count or len(np.unique(named)) < len(named):
+            raise ValueError(f"expected lanes from 0 to {self.count - 1}, each of them once, found {named.tolist()}")
         return named.astype(np.intp)
 
     def newest(self, lanes: NDArray[np.intp] | None = None) -> NDArray[np.int64]:

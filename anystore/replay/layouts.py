@@ -31,19 +31,22 @@ class Plain:
         For the items.
     ring, lanes
         Which rows are whose, and which item follows which.
-    ends : sequence of str
-        The paths of the bool leaves that say that an episode ends with an item.
+    terminated, truncated : str or None
+        The paths of the bool leaves that say that an episode ends with an item, or is broken off after it.
     """
 
     margin = 0
     """How many items at the old end of the ring may be unreadable, for each lane."""
 
-    def __init__(self, storage: Storage, ring: Ring, lanes: Lanes, ends: list[str]) -> None:
+    def __init__(
+        self, storage: Storage, ring: Ring, lanes: Lanes, terminated: str | None, truncated: str | None
+    ) -> None:
         self.storages = {"items": storage}
         self._ring = ring
         self._lanes = lanes
         self._select = functools.lru_cache(maxsize=16)(storage.select)
-        self._ends = [storage.select(path) for path in ends]
+        self._ends = [storage.select(path) for path in (terminated, truncated) if path is not None]
+        self._truncated = None if truncated is None else storage.select(truncated)
 
     @property
     def knows_ends(self) -> bool:
@@ -58,7 +61,10 @@ class Plain:
         ValueError, TypeError, OverflowError
             As `Storage.set`, if that is found here.
         """
-        return [(batch, count)]
+        if count:
+            return [(batch, count)]
+        self.storages["items"].admit(batch, (0,))
+        return []
 
     def write_one(self, item: Any) -> None:
         """Write an item, in the only lane.
@@ -87,9 +93,17 @@ class Plain:
         return first | others[0] if others else first
 
     def end(self, lanes: NDArray[np.intp]) -> None:
-        """Let the episodes of these lanes end with their newest items."""
+        """Let the episodes of these lanes end with their newest items.
+
+        Raises
+        ------
+        ValueError
+            If there is nothing to tell it by.
+        """
+        if self._truncated is None:
+            raise ValueError('no leaf says that an episode was broken off; give the spec a bool leaf "truncated"')
         numbers = self._lanes.newest(lanes)
-        self._ends[-1].set(numbers[numbers >= self._ring.items.start] % self._ring.capacity, True)
+        self._truncated.set(numbers[numbers >= self._ring.items.start] % self._ring.capacity, True)
 
     def whole(self, places: Array, items: range) -> Array | None:
         """Whether each of these items can be read; None if all can."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -166,9 +167,14 @@ class Prioritized(Sampler):
         super().open(capacity, backend, random)
         self._tree = SumTree(capacity, backend)
         self._waiting = range(0)
+        numbers = np.finfo(float_dtype(backend))
+        self._most = float(numbers.max) / 2 / capacity  # so that no sum is infinite
+        self._may_be_empty = self.epsilon**self.alpha < float(numbers.tiny)
 
     def draw(self, count: int, items: range) -> Array:
         self._let_in()
+        if self._may_be_empty and not self._tree.total() > 0:
+            raise ValueError("no item has a priority above 0; update priorities, or give Prioritized an epsilon")
         uniforms = self.random.uniform(self._tree.depth * count)
         rows = self._tree.find(self.backend.xp.reshape(uniforms, (self._tree.depth, count)))
         return (rows - items.start % self.capacity) % self.capacity
@@ -188,7 +194,12 @@ class Prioritized(Sampler):
 
     def update(self, rows: Array, priorities: Array) -> None:
         self._let_in()
-        self.highest = max(self.highest, float(self.backend.xp.max(priorities)))
+        highest = max(self.highest, float(self.backend.xp.max(priorities)))
+        if self.alpha * math.log(highest + self.epsilon) > math.log(self._most):
+            raise ValueError(
+                f"expected priorities whose sum is finite to the power of alpha, {self.alpha}, found {highest}"
+            )
+        self.highest = highest
         self._tree.set(rows, (priorities + self.epsilon) ** self.alpha)
 
     def clear(self) -> None:
@@ -208,6 +219,7 @@ class Prioritized(Sampler):
     def restore(self, state: dict[str, Any], items: range) -> None:
         self.alpha, self.beta, self.epsilon = state["alpha"], state["beta"], state["epsilon"]
         self.highest = state["highest"]
+        self._may_be_empty = self.epsilon**self.alpha < float(np.finfo(float_dtype(self.backend)).tiny)
         numbers = np.asarray(state["numbers"], float_dtype(self.backend))[-len(items) :]
         if items:
             self._tree.set(self._rows(items), self.backend.from_numpy(numbers))

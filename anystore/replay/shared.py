@@ -89,8 +89,8 @@ class Shared(Plain):
         From the path of a part to that of the part that it is in the next item.
     stacks : mapping
         From the path of a leaf to the axis of its stack.
-    ends : list of str
-        The paths of the bool leaves that say that an episode ends with an item.
+    terminated, truncated : str or None
+        The paths of the bool leaves that say that an episode ends with an item, or is broken off after it.
     options : dict
         Those of the storages.
     """
@@ -102,13 +102,14 @@ class Shared(Plain):
         lanes: Lanes,
         shared: Mapping[str, str],
         stacks: Mapping[str, int],
-        ends: list[str],
+        terminated: str | None,
+        truncated: str | None,
         options: dict[str, Any],
     ) -> None:
         self._nest = nest
         self._ring = ring
         self._lanes = lanes
-        self._ends_of_items = ends
+        self._flags = [path for path in (terminated, truncated) if path is not None]
         self._observations = _observations(nest, shared, stacks)
         self._depth = max(each.frames for each in self._observations)
         self.margin = self._depth - 1
@@ -127,6 +128,7 @@ class Shared(Plain):
         self._backend = self._whole_items.backend
         self._select = functools.cache(lambda name, *paths: self.storages[name].select(*paths))
         self._kept_whole = set(stored) - {each.path for each in self._observations if each.axis is not None}
+        self._truncated = None if truncated is None else self.storages["items"].select(truncated)
         self._forget()
 
     def _forget(self) -> None:
@@ -165,7 +167,7 @@ class Shared(Plain):
                 seen[each.after] = to_numpy(leaves[each.after])
                 _check_frames(each, seen[each.path], seen[each.after])
         ends = np.zeros(len(next(iter(seen.values()))), bool)
-        for path in self._ends_of_items:
+        for path in self._flags:
             ends |= to_numpy(leaves[path])
         stored = {path: leaf for path, leaf in leaves.items() if path not in self._not_stored}
         for each in self._observations:
@@ -212,14 +214,13 @@ class Shared(Plain):
 
     def _reserve(self, count: int, oldest: int) -> None:
         """Have so many records free; those of episodes that ended before item `oldest`, which goes now, are."""
-        gone = sum(number < oldest for number, _ in self._ended)
-        if len(self._free) + gone < count:
+        while self._ended and self._ended[0][0] < oldest:
+            self._free.append(heapq.heappop(self._ended)[1])
+        if len(self._free) < count:
             more = max(count, self._records)
             self.storages["records"].resize((self._records + more) * self._depth)
             self._free = [*range(self._records + more - 1, self._records - 1, -1), *self._free]
             self._records += more
-        while self._ended and self._ended[0][0] < oldest:
-            self._free.append(heapq.heappop(self._ended)[1])
 
     def _break_off(self, lanes: NDArray[np.intp], oldest: int) -> None:
         """Let the episodes of these lanes, where one goes on, end with their newest items."""
@@ -259,6 +260,8 @@ class Shared(Plain):
 
     def end(self, lanes: NDArray[np.intp]) -> None:
         self._break_off(lanes, self._ring.items.start)
+        if self._truncated is not None:
+            super().end(lanes)
 
     def clear(self) -> None:
         self._forget()
