@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import array_api_compat
+import array_api_compat.numpy
 import numpy as np
 
 import anystore.backends
@@ -336,15 +337,28 @@ class ndarray:  # noqa: N801  # CuPy's name
         return 2, self._data.device_id
 
     def __getitem__(self, index: Any) -> ndarray:
-        assert isinstance(index, tuple)
-        assert all(isinstance(part, (int, slice, type(...))) for part in index)
-        return ndarray._view(self._array[index], self._data)
+        parts = index if isinstance(index, tuple) else (index,)
+        assert all(part is None or isinstance(part, (int, slice, type(...))) for part in parts)
+        return ndarray._view(self._array[(*parts, ...)] if ... not in parts else self._array[parts], self._data)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self._check_device()
         assert isinstance(value, ndarray), "CuPy takes no NumPy array here"
         assert index is ...
         self._host[...] = value._host
+
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __bool__(self) -> bool:
+        return bool(self._host)
+
+    def __int__(self) -> int:
+        return int(self._host)
+
+    def __float__(self) -> float:
+        return float(self._host)
 
 
 def _filled(array: Any) -> ndarray:
@@ -359,7 +373,8 @@ def asarray(value: Any, dtype: Any = None) -> ndarray:
     return _filled(np.array(value, dtype))
 
 
-def ascontiguousarray(array: ndarray) -> ndarray:
+def ascontiguousarray(array: ndarray, dtype: Any = None) -> ndarray:
+    array = array if dtype is None else array.astype(dtype, copy=False)
     return array if array.flags.c_contiguous else array.copy()
 
 
@@ -370,6 +385,59 @@ def from_dlpack(array: Any) -> ndarray:
     with Device(device):
         taken: ndarray = array.__dlpack__(stream=get_current_stream().ptr)
     return taken
+
+
+# Arithmetic ---------------------------------------------------------------------------------------------------------
+
+OPERATORS = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"),
+    *("radd", "rsub", "rmul", "rtruediv", "rfloordiv", "rmod", "rpow", "rand", "ror", "rxor"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert", "abs"),
+)
+FUNCTIONS = (
+    *("all", "any", "argsort", "astype", "broadcast_to", "concat", "cumulative_sum", "exp", "full_like", "isdtype"),
+    *("isfinite", "log", "max", "maximum", "min", "minimum", "moveaxis", "nonzero", "reshape", "searchsorted", "stack"),
+    *("sum", "take", "where", "zeros_like"),
+)
+"""What the arrays and the namespace of array-api-compat offer to those who know no library by name."""
+
+
+def _operator(name: str) -> Any:
+    def operate(*operands: Any) -> Any:
+        return _computed(getattr(np.ndarray, name), operands, {})
+
+    return operate
+
+
+for _name in OPERATORS:
+    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _function(name: str) -> Any:
+    def compute(*arguments: Any, **options: Any) -> Any:
+        return _computed(getattr(array_api_compat.numpy, name), arguments, options)
+
+    return compute
+
+
+def _computed(function: Callable[..., Any], arguments: Any, options: Any) -> Any:
+    """What NumPy makes of the arguments, on the current device, which has to be that of all of them."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(read, value))
+        if isinstance(value, ndarray):
+            value._check_device()
+            return value._host
+        assert not isinstance(value, np.ndarray), "CuPy mixes its arrays with none of NumPy"
+        return value
+
+    def written(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(written, value))
+        return _filled(np.asarray(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+
+    return written(function(*read(arguments), **{name: read(value) for name, value in options.items()}))
 
 
 # Random draws ---------------------------------------------------------------------------------------------------------
@@ -443,6 +511,8 @@ def installed(monkeypatch: Any, run: Any = by_reference) -> Any:
     cupy = module()
     compat = types.ModuleType("array_api_compat.cupy")
     compat.__dict__.update({name: value for name, value in vars(cupy).items() if not name.startswith("__")})
+    compat.__dict__.update({name: _function(name) for name in FUNCTIONS})
+    compat.__dict__.update({name: getattr(np, name) for name in ("int32", "int64", "float32", "float64")}, bool=np.bool_)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "array_api_compat.cupy", compat)
     monkeypatch.setattr(array_api_compat, "cupy", compat, raising=False)

@@ -164,6 +164,10 @@ class Backend(ABC):
         """Rows in an array of the library, known to be inside the buffers, as the other methods take them."""
         return np.ascontiguousarray(to_numpy(array), np.intp)
 
+    def inside(self, array: Array, length: int) -> bool:
+        """Whether each integer of a flat array is at least 0 and below `length`; on a device, this waits for it."""
+        return bool(self.xp.all((array >= 0) & (array < length)))
+
     def put(self, array: Array, places: Array, values: Array) -> Array:
         """`array` with `values` at these places along its first axis, each there once; it may be changed in place."""
         self.scatter([array], self.as_rows(places), [values])

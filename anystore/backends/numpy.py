@@ -66,6 +66,9 @@ class NumpyBackend(Backend):
     def from_numpy(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
 
+    def inside(self, array: NDArray[Any], length: int) -> bool:
+        return moves.all_inside(array, length) or super().inside(array, length)
+
     def host_arrays(self, buffers: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         return list(buffers)
 

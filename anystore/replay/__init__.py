@@ -4,6 +4,7 @@ from anystore.replay.buffer import ReplayBuffer, Sample
 from anystore.replay.feed import Batches, tf_dataset, torch_dataset
 from anystore.replay.gymnasium import Recorder, transition_spec
 from anystore.replay.samplers import Prioritized, Recent, Sampler, Uniform
+from anystore.replay.stats import Stats, live_stats
 
 __all__ = [
     "Batches",
@@ -13,7 +14,9 @@ __all__ = [
     "ReplayBuffer",
     "Sample",
     "Sampler",
+    "Stats",
     "Uniform",
+    "live_stats",
     "tf_dataset",
     "torch_dataset",
     "transition_spec",

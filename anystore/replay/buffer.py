@@ -22,7 +22,7 @@ from anystore.replay.layouts import Plain
 from anystore.replay.ring import Ring
 from anystore.replay.samplers import Prioritized, Sampler, Uniform, as_priorities
 from anystore.replay.shared import Shared
-from anystore.replay.sum_tree import float_dtype
+from anystore.replay.stats import Counts, Meter, Stats
 from anystore.replay.windows import Windows
 from anystore.specs import as_dtype
 from anystore.storage import Storage
@@ -172,9 +172,10 @@ class ReplayBuffer:
         self.sampler = Uniform() if sampler is None else sampler
         self.sampler.open(capacity, self._backend, self._random)
         # So that running numbers fit into what the library counts in; a multiple of the capacity.
-        most = 2**63 if float_dtype(self._backend).itemsize == 8 else 2**31
+        most = 2 ** (8 * self._windows.index_dtype.itemsize - 1)
         self._period = capacity * (most // capacity - 1) or capacity
         self._sampled = 0
+        self._meter = Meter()
 
     # Where things are -----------------------------------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ class ReplayBuffer:
                 raise ValueError(f"expected an item of each of {self._lanes.count} lanes, found {count} items")
             self.extend(item)
             return
-        with self.lock:
+        with self.lock, self._backend.stream():
             self._layout.write_one(item)
             self._advance(1)
 
@@ -307,7 +308,7 @@ class ReplayBuffer:
             As `Storage.set`, or if the lanes are not right; nothing has changed then.
         """
         count = self._count(batch)
-        with self.lock:
+        with self.lock, self._backend.stream():
             of_items = self._lanes.of_batch(count, lanes)
             for part, number in self._layout.admit(batch, count):
                 self._layout.write(part, number, of_items)
@@ -338,12 +339,12 @@ class ReplayBuffer:
         ValueError
             If the spec has no flag for it, or the lanes are not right.
         """
-        with self.lock:
+        with self.lock, self._backend.stream():
             self._layout.end(self._lanes.named(lanes))
 
     def clear(self) -> None:
         """Forget all items; `total_added` goes on from where it is, and settings and generator stay as they are."""
-        with self.lock:
+        with self.lock, self._backend.stream():
             self._ring.clear()
             self._lanes.clear()
             self._layout.clear()
@@ -395,7 +396,7 @@ class ReplayBuffer:
         """
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
-        with self.lock:
+        with self.lock, self._backend.stream():
             items = self._ring.items
             candidates, usable = self._choice(items, how)
             drawn = self._draw(batch_size, candidates, usable)
@@ -418,7 +419,7 @@ class ReplayBuffer:
         """
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
-        with self.lock:
+        with self.lock, self._backend.stream():
             candidates, _ = self._choice(self._ring.items, how)
             numbers = to_numpy(self._random.permutation(len(candidates))).astype(np.int64) + candidates.start
         return self._pass_through(numbers, batch_size, how)
@@ -426,7 +427,7 @@ class ReplayBuffer:
     def _pass_through(self, numbers: Any, batch_size: int, how: _How) -> Iterator[Sample]:
         position = 0
         while position < len(numbers):
-            with self.lock:
+            with self.lock, self._backend.stream():
                 items = self._ring.items
                 oldest, tests = self._requirements(items, how)
                 chosen: list[Any] = []
@@ -435,12 +436,12 @@ class ReplayBuffer:
                     position += len(some)
                     some = some[some >= items.start + oldest]
                     for test in tests if len(some) else ():
-                        some = some[to_numpy(test(self._backend.from_numpy(some - items.start)))]
+                        some = some[to_numpy(test(self._as_array(some - items.start)))]
                     chosen.extend(some)
                 if not chosen:
                     return
                 self._sampled += len(chosen)
-                sample = self._sample_of(self._backend.from_numpy(np.asarray(chosen) - items.start), items, items, how)
+                sample = self._sample_of(self._as_array(np.asarray(chosen) - items.start), items, items, how)
             yield sample
 
     def _requirements(self, items: range, how: _How) -> tuple[int, list[Usable]]:
@@ -478,14 +479,24 @@ class ReplayBuffer:
         places = sampler.draw(count, items)
         if sampler.inside and usable is None and not sampler.distinct:
             return places
-        places = self._as_places(places, count)
+        places = new = self._as_places(places, count)
+        positions: Any = None  # of the new ones; None for all
         for _ in range(_ROUNDS):
-            bad = self._useless(places, items, usable)
-            if bad is None:
+            bad = self._useless(new, items, usable)
+            if bad is not None:
+                positions = bad if positions is None else self._backend.xp.take(positions, bad, axis=0)
+            elif sampler.distinct:
+                positions = self._repeated(places)
+            if bad is None and (positions is None or not sampler.distinct):
                 return places
-            again = self._as_places(sampler.draw(bad.shape[0], items), bad.shape[0])
-            places = self._backend.put(places, bad, again)
+            number = positions.shape[0]
+            new = self._as_places(sampler.draw(number, items), number)
+            places = self._backend.put(places, positions, new)
         return self._draw_exactly(count, items, usable)
+
+    def _as_array(self, numbers: Any) -> Array:
+        """Integers of NumPy's on the device."""
+        return self._backend.from_numpy(numbers.astype(self._windows.index_dtype))
 
     def _as_places(self, places: Array, count: int) -> Array:
         """What a sampler drew, in an array of the buffer's own."""
@@ -498,17 +509,28 @@ class ReplayBuffer:
     def _useless(self, places: Array, items: range, usable: Usable | None) -> Array | None:
         """The positions of the draws to be made anew, or None."""
         xp = self._backend.xp
-        good = (places >= 0) & (places < len(items))
-        if usable is not None:
-            good = good & usable(xp.where(good, places, xp.zeros_like(places)))
-        if self.sampler.distinct:
-            good = good & ~_repeated(places, xp)
+        if self._backend.inside(places, len(items)):
+            if usable is None:
+                return None
+            good = usable(places)
+        else:
+            good = (places >= 0) & (places < len(items))
+            if usable is not None:
+                good = good & usable(xp.where(good, places, xp.zeros_like(places)))
         return None if bool(xp.all(good)) else xp.nonzero(~good)[0]
+
+    def _repeated(self, places: Array) -> Array | None:
+        """The positions of places that are there before, or None."""
+        xp = self._backend.xp
+        order = xp.argsort(places, stable=True)
+        ordered = xp.take(places, order, axis=0)
+        same = ordered[1:] == ordered[:-1]
+        return xp.take(order[1:], xp.nonzero(same)[0], axis=0) if bool(xp.any(same)) else None
 
     def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
         """The same by a look at every item."""
         xp = self._backend.xp
-        places = self._backend.from_numpy(np.arange(len(items)))
+        places = self._as_array(np.arange(len(items)))
         chances = self.sampler.chances(places, items)
         good = chances > 0 if chances is not None else places >= 0
         good = good if usable is None else good & usable(places)
@@ -615,17 +637,20 @@ class ReplayBuffer:
             If the sampler has no priorities, or the rows are no integers.
         """
         backend, xp = self._backend, self._backend.xp
-        with self.lock:
+        with self.lock, self._backend.stream():
             numbers = self._as_numbers(rows)
             values = as_priorities(priorities, numbers.shape[0], backend)
             items = self._ring.items
-            there = (self._ring.total % self._period - 1 - numbers) % self._period < len(items)  # an item's age
-            if not bool(xp.all(there)):
-                kept = xp.nonzero(there)[0]
-                numbers, values = xp.take(numbers, kept, axis=0), xp.take(values, kept, axis=0)
-            if numbers.shape[0]:
-                self.sampler.update(numbers % self._ring.capacity, values)
-            return int(numbers.shape[0])
+            places = numbers - items.start % self._period
+            if items.stop > self._period:
+                places = places % self._period
+            if not backend.inside(places, len(items)):
+                there = xp.nonzero((places >= 0) & (places < len(items)))[0]
+                places, values = xp.take(places, there, axis=0), xp.take(values, there, axis=0)
+            count = int(places.shape[0])
+            if count:
+                self.sampler.update((places + items.start % self._ring.capacity) % self._ring.capacity, values)
+            return count
 
     def _as_numbers(self, rows: Any) -> Array:
         """Running numbers as a user gave them, on the device."""
@@ -634,6 +659,32 @@ class ReplayBuffer:
             raise TypeError(f"expected rows as in Sample.rows, a flat array of integers, found {rows!r:.80}")
         brought = self._backend.bring(array, self._windows.index_dtype)
         return self._backend.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
+
+    def counts(self) -> Counts:
+        """What `stats` are made of."""
+        with self.lock, self._backend.stream():
+            items = self._ring.items
+            places = self._as_array(np.arange(len(items)))
+            reward = self._reward if items else None
+            return Counts(
+                size=len(items),
+                capacity=self._ring.capacity,
+                total_added=self._ring.total,
+                total_sampled=self._sampled,
+                nbytes=self.nbytes,
+                first=items.start,
+                lanes=self._lanes.count if self._lanes.in_step else None,
+                ends=to_numpy(self._layout.ends(places, items)) if self._layout.knows_ends and items else None,
+                rewards=None if reward is None else to_numpy(self._layout.read(places, items, (reward,))[reward]),
+                priorities=to_numpy(self.priorities) if items and isinstance(self.sampler, Prioritized) else None,
+            )
+
+    def stats(self) -> Stats:
+        """How full the buffer is, how fast it is used, and what of: items, bytes, rates, episodes, priorities.
+
+        The rates are those since the last call. It looks at every item's flags, reward and priority.
+        """
+        return self._meter.read(self.counts())
 
     @property
     def priorities(self) -> Array:
@@ -644,7 +695,7 @@ class ReplayBuffer:
         TypeError
             If it is another.
         """
-        with self.lock:
+        with self.lock, self._backend.stream():
             if not isinstance(self.sampler, Prioritized):
                 raise TypeError(f"a {type(self.sampler).__name__} sampler has no priorities; use Prioritized")
             return self.sampler.priorities(self._ring.items)
@@ -690,11 +741,3 @@ def as_count(name: str, count: Any) -> int:
     if number < 1:
         raise ValueError(f"expected a {name} of 1 or more, found {count!r}")
     return number
-
-
-def _repeated(places: Array, xp: Any) -> Array:
-    """Whether each place is there before."""
-    order = xp.argsort(places, stable=True)
-    ordered = xp.take(places, order, axis=0)
-    same = xp.concat([xp.zeros_like(ordered[:1], dtype=xp.bool), ordered[1:] == ordered[:-1]])
-    return xp.take(same, xp.argsort(order), axis=0)

@@ -21,7 +21,6 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from anystore.backends.base import parse_device
 from anystore.convert import is_array, to_numpy
 from anystore.handover import to_library
 from anystore.nests import children
@@ -252,7 +251,7 @@ def _as_count(name: str, count: int) -> int:
 
 def _is_on_gpu(buffer: Any) -> bool:
     backend = getattr(buffer, "backend", None)
-    return backend is not None and parse_device(backend.device)[0] == "cuda"
+    return backend is not None and backend.device.startswith("cuda")
 
 
 def _drawn(draw: Callable[[], Any], hand_over: Callable[[Any], Any]) -> Any:

@@ -346,7 +346,7 @@ class Recorder:
                 raise missing
             return final[lane]
         # Some vector environments (ale-py's) have those of all environments in one nest.
-        return self._nest_of_obs.pack([leaf[lane] for leaf in self._nest_of_obs.flatten(final)])
+        return self._nest_of_obs.pack([leaf[lane, ...] for leaf in self._nest_of_obs.flatten(final)])
 
     def _add(self, item: Any, live: NDArray[np.intp]) -> None:
         if not self._lead:

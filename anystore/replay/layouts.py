@@ -7,6 +7,7 @@ there, 0 the oldest.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,14 @@ class Plain:
         self._ring = ring
         self._lanes = lanes
         self._select = functools.lru_cache(maxsize=16)(storage.select)
-        self._ends = [storage.select(path) for path in (terminated, truncated) if path is not None]
+        flags = [path for path in (terminated, truncated) if path is not None]
+        self._ends = storage.select(*flags) if flags else None
         self._truncated = None if truncated is None else storage.select(truncated)
 
     @property
     def knows_ends(self) -> bool:
         """Whether it is told where episodes end."""
-        return bool(self._ends)
+        return self._ends is not None
 
     def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
         """A batch as `write` takes it, in parts that are written one after the other, with the items of each.
@@ -88,9 +90,9 @@ class Plain:
 
     def ends(self, places: Array, items: range) -> Array:
         """Whether an episode ends with each of these items."""
-        index = rows_of(places, items, self._ring.capacity, self.storages["items"].backend)
-        first, *others = [flags.get(index) for flags in self._ends]
-        return first | others[0] if others else first
+        assert self._ends is not None
+        flags = self._ends.get(rows_of(places, items, self._ring.capacity, self._ends.backend))
+        return functools.reduce(operator.or_, flags.values()) if isinstance(flags, dict) else flags
 
     def end(self, lanes: NDArray[np.intp]) -> None:
         """Let the episodes of these lanes end with their newest items.

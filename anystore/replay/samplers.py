@@ -12,7 +12,7 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
 from anystore.convert import is_array, to_numpy
-from anystore.replay.sum_tree import SumTree, float_dtype
+from anystore.replay.sum_tree import SumTree, float_dtype, index_dtype
 
 __all__ = ["Prioritized", "Recent", "Sampler", "Uniform"]
 
@@ -184,10 +184,11 @@ class Prioritized(Sampler):
         return self._tree.get((places + items.start % self.capacity) % self.capacity)
 
     def weights(self, places: Array, items: range) -> Array:
-        """The weights, of the widest float dtype that the library has, the largest of them 1."""
+        """The weights, of float32, the largest of them 1."""
         # The number of items and the sum of all priorities fall out of the scaling.
         chances = self.chances(places, items)
-        return (chances / self.backend.xp.min(chances)) ** -self.beta
+        weights = (chances / self.backend.xp.min(chances)) ** -self.beta
+        return self.backend.xp.astype(weights, self.backend.native_dtype(np.dtype("float32")), copy=False)
 
     def added(self, items: range) -> None:
         self._waiting = range(self._waiting.start if self._waiting else items.start, items.stop)
@@ -226,7 +227,8 @@ class Prioritized(Sampler):
         self._waiting = range(0)
 
     def _rows(self, items: range) -> Array:
-        return self.backend.from_numpy(np.arange(items.start, items.stop) % self.capacity)
+        rows = np.arange(items.start, items.stop) % self.capacity
+        return self.backend.from_numpy(rows.astype(index_dtype(self.backend)))
 
     def _numbers(self, items: range) -> Array:
         """The numbers of items in the tree, oldest first."""

@@ -18,7 +18,7 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.convert import to_numpy
 
-__all__ = ["SumTree", "float_dtype"]
+__all__ = ["SumTree", "float_dtype", "index_dtype"]
 
 WIDTH = 16
 
@@ -47,7 +47,7 @@ class SumTree:
             lengths.append(_padded(lengths[-1] // WIDTH))
         self._levels = [backend.allocate((length,), float_dtype(backend)) for length in lengths]
         self._host = None if compiled is None else backend.host_arrays(self._levels)
-        self._places = backend.from_numpy(np.arange(WIDTH))
+        self._places = backend.from_numpy(np.arange(WIDTH, dtype=index_dtype(backend)))
 
     @property
     def depth(self) -> int:
@@ -108,6 +108,9 @@ class SumTree:
         xp = self._backend.xp
         dtype = float_dtype(self._backend)
         self._backend.scatter([self._levels[0]], rows, [self._backend.from_numpy(np.full((), number, dtype))])
+        if self._host is not None and compiled is not None:
+            compiled.add_up(self._host, np.arange(rows.start, rows.stop))
+            return
         for below, level in zip(self._levels, self._levels[1:]):
             rows = range(rows.start // WIDTH, (rows.stop - 1) // WIDTH + 1)
             (block,) = self._backend.gather([below], range(rows.start * WIDTH, rows.stop * WIDTH), None)
@@ -125,12 +128,23 @@ class SumTree:
 
 
 def float_dtype(backend: Backend) -> np.dtype[Any]:
-    """The widest of the usual float dtypes that the backend has."""
-    try:
-        backend.native_dtype(np.dtype("float64"))
-    except ValueError:
-        return np.dtype("float32")
-    return np.dtype("float64")
+    """float64, or float32 where the backend has none."""
+    return _widest(backend, "float64", "float32")
+
+
+def index_dtype(backend: Backend) -> np.dtype[Any]:
+    """int64, or int32 where the backend has none."""
+    return _widest(backend, "int64", "int32")
+
+
+def _widest(backend: Backend, *names: str) -> np.dtype[Any]:
+    for name in names[:-1]:
+        try:
+            backend.native_dtype(np.dtype(name))
+        except ValueError:
+            continue
+        return np.dtype(name)
+    return np.dtype(names[-1])
 
 
 def _padded(length: int) -> int:

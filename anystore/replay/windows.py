@@ -11,7 +11,7 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
-from anystore.replay.sum_tree import float_dtype
+from anystore.replay.sum_tree import float_dtype, index_dtype
 
 __all__ = ["Windows"]
 
@@ -29,7 +29,7 @@ class Windows:
         self._layout = layout
         self._lanes = lanes
         self._backend = backend
-        self.index_dtype = np.dtype("int64" if float_dtype(backend).itemsize == 8 else "int32")
+        self.index_dtype = index_dtype(backend)
 
     def whole(self, num_steps: int, at_end: str, items: range) -> Callable[[Array], Array] | None:
         """What tells which items begin a window that can be drawn; None if all do."""
@@ -43,8 +43,9 @@ class Windows:
 
         def whole(places: Array) -> Array:
             steps, reached = self._follow(places, items, num_steps)
+            steps = self._backend.xp.where(reached, steps, steps[:, :1])
             if at_end == "whole":
-                reached = self._before_ends(steps, reached, items)
+                reached = reached[:, 1:] & ~self._layout.ends(steps[:, :-1], items)
             return self._backend.xp.all(reached, axis=-1)
 
         return whole
@@ -65,8 +66,8 @@ class Windows:
         """The discounted sums of the rewards of windows, and what the values after them count."""
         xp = self._backend.xp
         dtype = rewards.dtype if xp.isdtype(rewards.dtype, "real floating") else self._native("float32")
-        powers = self._backend.from_numpy(discount ** np.arange(mask.shape[1] + 1, dtype=np.float64).astype(float))
-        powers = xp.astype(powers, dtype)
+        powers = (discount ** np.arange(mask.shape[1] + 1)).astype(float_dtype(self._backend))
+        powers = xp.astype(self._backend.from_numpy(powers), dtype)
         factors = xp.where(mask, powers[:-1][None, :], xp.zeros_like(powers[:1])[None, :])
         factors = xp.reshape(factors, factors.shape + (1,) * (rewards.ndim - 2))
         counts = xp.sum(xp.astype(mask, self._native(self.index_dtype.name)), axis=-1)

@@ -1,0 +1,231 @@
+"""A replay buffer in a snapshot: its storages, and all that it goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.convert import to_numpy
+from anystore.nests import Nest
+from anystore.replay.samplers import Prioritized, Recent, Sampler, Uniform
+from anystore.snapshot import Snapshot, SnapshotError, save_snapshot
+from anystore.snapshot.described import describe, rebuild
+from anystore.snapshot.manifest import MANIFEST
+from anystore.snapshot.npy import rows_at_a_time
+from anystore.snapshot.progress import Callback, Progress
+from anystore.snapshot.reader import fitting
+
+if TYPE_CHECKING:
+    from anystore.replay.buffer import ReplayBuffer
+    from anystore.storage import Storage
+
+__all__ = ["load_buffer", "save_buffer"]
+
+_SETTINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "Uniform": lambda sampler: {"replacement": not sampler.distinct},
+    "Recent": lambda sampler: {"newest": sampler.newest, "replacement": not sampler.distinct},
+    "Prioritized": lambda sampler: {"alpha": sampler.alpha, "beta": sampler.beta, "epsilon": sampler.epsilon},
+}
+"""The samplers that can be made anew, and what each is to be made with."""
+_CLASSES = {"Uniform": Uniform, "Recent": Recent, "Prioritized": Prioritized}
+_BY_ITEM = ("items", "marks", "distances")
+"""The storages that have a row for each row of the ring."""
+
+
+def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, progress: Callback | None) -> None:
+    """Save a buffer; see `ReplayBuffer.save`."""
+    with buffer.lock:
+        arrays: dict[str, NDArray[Any]] = {}
+        state = {
+            "data_spec": describe(buffer.data_spec),
+            "capacity": buffer.capacity,
+            "sampler_class": type(buffer.sampler).__name__,
+            "sampler_settings": _settings(buffer.sampler),
+            "buffer": _without_arrays(buffer._state(), "", arrays),
+        }
+        storages = buffer._storages()
+        save_snapshot(path, storages, kind="replay", state=state, arrays=arrays, keep=keep, progress=progress)
+
+
+def _settings(sampler: Sampler) -> dict[str, Any] | None:
+    """What a sampler that comes with anystore is made with; None for a class of the user's own."""
+    name = type(sampler).__name__
+    return _SETTINGS[name](sampler) if type(sampler) is _CLASSES.get(name) else None
+
+
+def _without_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:
+    """The state with the names of its arrays in their places; the arrays are added to `arrays`."""
+    if isinstance(node, np.ndarray):
+        arrays[path] = node
+        return {"array": path}
+    if isinstance(node, dict):
+        return {key: _without_arrays(value, f"{path}/{key}" if path else key, arrays) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_without_arrays(value, f"{path}/{number}", arrays) for number, value in enumerate(node)]
+    return node.item() if isinstance(node, np.generic) else node
+
+
+def _with_arrays(node: Any, arrays: dict[str, NDArray[Any]]) -> Any:
+    if isinstance(node, dict):
+        if node.keys() == {"array"}:
+            return arrays[node["array"]]
+        return {key: _with_arrays(value, arrays) for key, value in node.items()}
+    return [_with_arrays(value, arrays) for value in node] if isinstance(node, list) else node
+
+
+def load_buffer(
+    snapshot: Snapshot,
+    backend: Any,
+    device: Any,
+    capacity: int | None,
+    like: Any,
+    sampler: Sampler | None,
+    progress: Callback | None,
+) -> ReplayBuffer:
+    """The buffer that was saved; see `anystore.load`.
+
+    Raises
+    ------
+    SnapshotError
+        If its state is none, or does not fit its storages.
+    """
+    where = snapshot.path / MANIFEST
+    try:
+        state = _State(snapshot)
+        nest = Nest(rebuild(snapshot.state["data_spec"]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise SnapshotError(f"{where}: expected the state of a replay buffer, found another ({error!r})") from None
+    if like is not None:
+        nest = fitting(nest, Nest(getattr(like, "data_spec", like)), snapshot.path)
+    if backend is None:
+        backend = getattr(like, "backend", "numpy")
+    if sampler is None:
+        sampler = state.new_sampler()
+    capacity = state.capacity if capacity is None else capacity
+    snapshot.check()
+    buffer = state.new_buffer(nest.data_spec, capacity, sampler, backend, device)
+    with Progress("loading", snapshot.rows_nbytes(*snapshot.manifest.storages), progress) as bar:
+        state.fill(buffer, bar)
+    return buffer
+
+
+class _State:
+    """The state of a buffer in a snapshot, checked as far as memory depends on it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        state = snapshot.state
+        self._snapshot = snapshot
+        self._where = snapshot.path / MANIFEST
+        self.capacity: int = state["capacity"]
+        self._class: str = state["sampler_class"]
+        self._settings: dict[str, Any] | None = state["sampler_settings"]
+        self._state: dict[str, Any] = _with_arrays(state["buffer"], snapshot.arrays())
+        ring = self._state["ring"]
+        self._items = range(ring["oldest"], ring["total"])
+        if not 0 <= self._items.start <= self._items.stop or len(self._items) > self.capacity:
+            raise ValueError(f"items {self._items} in {self.capacity} rows")
+        for name in _BY_ITEM:
+            if name in snapshot.manifest.storages and snapshot.entry(name).capacity != self.capacity:
+                raise ValueError(f"{name} with {snapshot.entry(name).capacity} rows, not {self.capacity}")
+
+    def new_sampler(self) -> Sampler:
+        """A sampler of the same class and settings.
+
+        Raises
+        ------
+        SnapshotError
+            If its class is one of the user's own.
+        """
+        if self._settings is None or self._class not in _CLASSES:
+            raise SnapshotError(f"{self._where}: its sampler is a {self._class!r:.80}; pass a new one as sampler=")
+        try:
+            sampler: Sampler = _CLASSES[self._class](**self._settings)
+        except (TypeError, ValueError) as error:
+            raise SnapshotError(f"{self._where}: expected the settings of a {self._class} ({error})") from None
+        return sampler
+
+    def new_buffer(self, data_spec: Any, capacity: int, sampler: Sampler, backend: Any, device: Any) -> ReplayBuffer:
+        """An empty buffer of the same options."""
+        from anystore.replay.buffer import ReplayBuffer
+
+        casting = self._snapshot.entry("items").casting
+        options: Any = {"casting": casting, "backend": backend, "device": device, "sampler": sampler}
+        try:
+            options.update(self._state["options"])
+            # For a generator of another kind than the one that was saved, which cannot go on from its state.
+            options["seed"] = zlib.crc32(json.dumps(self._state["random"], default=str).encode())
+            return ReplayBuffer(data_spec, capacity, **options)
+        except (KeyError, TypeError) as error:
+            raise SnapshotError(f"{self._where}: expected the options of a replay buffer ({error!r})") from None
+
+    def fill(self, buffer: ReplayBuffer, bar: Progress) -> None:
+        """Bring an empty buffer to where the saved one was.
+
+        Raises
+        ------
+        SnapshotError
+            If the state is none.
+        """
+        moved = None if buffer.capacity == self.capacity else self._moved(buffer.capacity)
+        distances = None
+        for name, entry in self._snapshot.manifest.storages.items():
+            if name == "distances":
+                storage = distances = buffer._lanes.new_distances()
+            elif name in buffer._layout.storages:
+                storage = buffer._layout.storages[name]
+            else:
+                raise SnapshotError(f"{self._where}: expected {', '.join(buffer._layout.storages)}, found {name!r:.80}")
+            if name not in _BY_ITEM and storage.capacity != entry.capacity:
+                storage.resize(entry.capacity)
+            self._snapshot.fill(storage, name, moved=moved if name in _BY_ITEM else None, bar=bar)
+        try:
+            self._restore(buffer, distances)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            raise SnapshotError(f"{self._where}: expected the state of a replay buffer, found another ({error})") from None
+
+    def _moved(self, capacity: int) -> Callable[[NDArray[np.intp]], NDArray[np.intp]]:
+        """What gives the rows of the newest items in a ring of another capacity."""
+        items, old = self._items, self.capacity
+        oldest = max(items.start, items.stop - capacity)
+
+        def moved(rows: NDArray[np.intp]) -> NDArray[np.intp]:
+            numbers = items.start + (rows - items.start) % old
+            there = (numbers >= oldest) & (numbers < items.stop)
+            return np.where(there, numbers % capacity, -1)
+
+        return moved
+
+    def _restore(self, buffer: ReplayBuffer, distances: Storage | None) -> None:
+        state = self._state
+        buffer._ring.restore(state["ring"])
+        if state["lanes"]["in_step"] != (distances is None) or len(state["lanes"]["newest"]) != buffer.lanes:
+            raise ValueError("the lanes do not fit")
+        buffer._lanes.restore(state["lanes"], distances)
+        if "records" in buffer._layout.storages:
+            _check_records(buffer, state["layout"])
+        buffer._layout.restore(state["layout"])
+        buffer.sampler.restore(state["sampler"], buffer._ring.items)
+        if state["random"]["kind"] == buffer._random.kind:
+            buffer._random.restore(state["random"])
+        buffer._sampled = int(state["sampled"])
+
+
+def _check_records(buffer: ReplayBuffer, layout: dict[str, Any]) -> None:
+    """Check that every number of a record is one, since rows follow from them without another look."""
+    count, named = layout["records"], [record for _, record in layout["ended"]]
+    named += [*layout["free"], *(record for record in layout["record"] if record != -1)]
+    storage = buffer._layout.storages["records"]
+    if storage.capacity % count or not all(type(record) is int and 0 <= record < count for record in named):
+        raise ValueError(f"records beyond {count}")
+    marks = buffer._layout.storages["marks"].select("record")
+    step = rows_at_a_time(4)
+    for start in range(0, buffer.capacity, step):
+        numbers = to_numpy(marks.get(slice(start, start + step)))
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
+            raise ValueError(f"records beyond {count}")

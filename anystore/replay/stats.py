@@ -1,0 +1,292 @@
+"""What a buffer holds and how fast it is used, for people to look at while an agent trains.
+
+A buffer has two methods for it. ``counts()`` takes a `Counts` under the buffer's lock: plain numbers, and the columns
+that the rest is worked out from, as copies in main memory, oldest item first (`in_order` makes one). ``stats()`` has a
+`Meter` of the buffer's own make `Stats` of them: ``return self._meter.read(self.counts())``. Nothing is counted while
+items are added and sampled but how many they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.backends.base import Array
+from anystore.convert import to_numpy
+
+__all__ = ["Counts", "Meter", "Spread", "Stats", "in_order", "live_stats"]
+
+_NEWEST = 100
+"""The means are of so many episodes, the newest."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a buffer tells of itself at one moment.
+
+    Attributes
+    ----------
+    size, capacity : int
+        The items that are there, and those that there is room for.
+    total_added, total_sampled : int
+        The items that were ever added, and ever drawn; a window is one.
+    nbytes : int
+        The bytes of all that items are stored in.
+    first : int
+        The running number of the oldest item that is there.
+    lanes : int or None
+        How many lanes there are, if item ``n`` is of lane ``n % lanes``; None if it is not.
+    ends : array of bool, shape (size,), or None
+        Whether an episode ends with each item; None if that is not known.
+    rewards : array, shape (size, ...), or None
+        The reward of each item; None if there is none.
+    priorities : array, shape (n,), or None
+        The priorities of all items or of some; None if they have none.
+    """
+
+    size: int
+    capacity: int
+    total_added: int
+    total_sampled: int
+    nbytes: int
+    first: int = 0
+    lanes: int | None = None
+    ends: NDArray[np.bool_] | None = None
+    rewards: NDArray[Any] | None = None
+    priorities: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far numbers are spread: the least, the middle one, the mean, the greatest."""
+
+    low: float
+    median: float
+    mean: float
+    high: float
+
+    @classmethod
+    def of(cls, numbers: NDArray[Any]) -> Spread | None:
+        """That of an array; None if it is empty."""
+        if numbers.size == 0:
+            return None
+        return cls(*(float(each) for each in (numbers.min(), np.median(numbers), numbers.mean(), numbers.max())))
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a buffer holds and how fast it is used; printed, a few lines of text.
+
+    Attributes
+    ----------
+    size, capacity : int
+        The items that are there, and those that there is room for.
+    total_added, total_sampled : int
+        The items that were ever added, and ever drawn; a window is one.
+    bytes : int
+        The bytes of all that items are stored in.
+    added_per_second, sampled_per_second : float
+        Since these were asked for the last time, or since the beginning.
+    episodes : int or None
+        How many ended with an item that is there; None if the items do not tell.
+    mean_length, mean_return : float or None
+        The mean number of items, and the mean sum of rewards, of the newest of these episodes, 100 at most. None if
+        there is none that is there from its first item on, or it is not known which item is whose.
+    priorities : Spread or None
+        Where items have some.
+    """
+
+    size: int
+    capacity: int
+    total_added: int
+    total_sampled: int
+    bytes: int
+    added_per_second: float
+    sampled_per_second: float
+    episodes: int | None = None
+    mean_length: float | None = None
+    mean_return: float | None = None
+    priorities: Spread | None = None
+
+    @property
+    def replay_ratio(self) -> float:
+        """How often an item that was added has been drawn, on average; 0 if none was added."""
+        return self.total_sampled / self.total_added if self.total_added else 0.0
+
+    def __str__(self) -> str:
+        lines = {
+            "items": f"{self.size:,} of {self.capacity:,} ({self.size / self.capacity:.0%}), {_as_bytes(self.bytes)}",
+            "added": f"{self.total_added:,} ({self.added_per_second:,.0f} a second)",
+            "sampled": f"{self.total_sampled:,} ({self.sampled_per_second:,.0f} a second), each item "
+            f"{self.replay_ratio:.3g} times",
+        }
+        if self.episodes is not None:
+            lines["episodes"] = ", ".join([f"{self.episodes:,}", *self._means()])
+        if self.priorities is not None:
+            spread = self.priorities
+            lines["priorities"] = (
+                f"{spread.low:.3g} to {spread.high:.3g}, median {spread.median:.3g}, mean {spread.mean:.3g}"
+            )
+        return "\n".join(f"{name:<10}  {text}" for name, text in lines.items())
+
+    @property
+    def line(self) -> str:
+        """What a training loop shows of it, in one line."""
+        parts = [
+            f"{self.size:,}/{self.capacity:,} items",
+            _as_bytes(self.bytes),
+            f"{self.added_per_second:,.0f} added/s",
+            f"{self.sampled_per_second:,.0f} sampled/s",
+        ]
+        if self.episodes is not None:
+            parts += [f"{self.episodes:,} episodes", *self._means()]
+        return ", ".join(parts)
+
+    def _means(self) -> list[str]:
+        means = {"mean length": self.mean_length, "mean return": self.mean_return}
+        return [f"{name} {mean:,.1f}" for name, mean in means.items() if mean is not None]
+
+
+class Meter:
+    """Makes stats of counts, with the rates since the last time.
+
+    Parameters
+    ----------
+    total_added, total_sampled : int, default 0
+        Those of the buffer when the meter is made.
+    clock : callable
+        What time it is, in seconds, from whatever beginning.
+
+    Notes
+    -----
+    Everyone who wants rates of their own has a meter of their own.
+    """
+
+    def __init__(
+        self, total_added: int = 0, total_sampled: int = 0, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._last = clock(), total_added, total_sampled
+        self._rates = 0.0, 0.0
+
+    def read(self, counts: Counts) -> Stats:
+        """The stats of a buffer that has these counts now."""
+        now = self._clock(), counts.total_added, counts.total_sampled
+        seconds, *counted = (new - old for new, old in zip(now, self._last))
+        if seconds > 0:  # or the rates of the last time are the best there are
+            self._rates = counted[0] / seconds, counted[1] / seconds
+            self._last = now
+        added, sampled = self._rates
+        episodes, mean_length, mean_return = _episodes(counts)
+        return Stats(
+            size=counts.size,
+            capacity=counts.capacity,
+            total_added=counts.total_added,
+            total_sampled=counts.total_sampled,
+            bytes=counts.nbytes,
+            added_per_second=added,
+            sampled_per_second=sampled,
+            episodes=episodes,
+            mean_length=mean_length,
+            mean_return=mean_return,
+            priorities=None if counts.priorities is None else Spread.of(counts.priorities),
+        )
+
+
+def in_order(column: Array, items: range) -> NDArray[Any]:
+    """A copy in main memory of what a buffer of all rows has for these items, the running numbers, oldest first."""
+    rows, start = to_numpy(column), items.start % column.shape[0]
+    last = rows[start : start + len(items)]
+    return np.concatenate([last, rows[: len(items) - len(last)]])
+
+
+def _episodes(counts: Counts) -> tuple[int | None, float | None, float | None]:
+    """How many episodes ended with an item that is there, and the mean length and return of the newest of them."""
+    if counts.ends is None:
+        return None, None, None
+    ended = int(np.count_nonzero(counts.ends))
+    if counts.lanes is None:
+        return ended, None, None
+    lane, last = np.nonzero(_by_lane(counts.ends, counts.first, counts.lanes))
+    oldest = np.diff(lane, prepend=-1) != 0  # the first one that ended in its lane, of which items may be gone
+    begin = np.where(oldest, 0, np.roll(last, 1) + 1)
+    whole = np.flatnonzero(~oldest | (counts.first == 0))
+    newest = whole[np.argsort(last[whole], kind="stable")[-_NEWEST:]]
+    if newest.size == 0:
+        return ended, None, None
+    length = float((last - begin + 1)[newest].mean())
+    if counts.rewards is None or counts.rewards.ndim != 1:
+        return ended, length, None
+    rewards = _by_lane(counts.rewards, counts.first, counts.lanes)
+    returns = [rewards[lane[each], begin[each] : last[each] + 1].sum(dtype=np.float64) for each in newest]
+    return ended, length, float(np.mean(returns))
+
+
+def _by_lane(column: NDArray[Any], first: int, lanes: int) -> NDArray[Any]:
+    """Step by step the items of each lane; zeros stand for those of the oldest step that are gone."""
+    return np.concatenate([np.zeros(first % lanes, column.dtype), column]).reshape(-1, lanes).T
+
+
+def _as_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.0f} TB"
+
+
+@contextmanager
+def live_stats(
+    buffer: Any,
+    *,
+    refresh_per_second: float = 2.0,
+    console: Any = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[None]:
+    """A line in the terminal on how full a buffer is and how fast it is used, for as long as the ``with`` lasts.
+
+    Parameters
+    ----------
+    buffer : ReplayBuffer
+        What to show; it is asked for its `counts` from a thread.
+    refresh_per_second : float, default 2
+        How often.
+    console : rich.console.Console, optional
+        Where to; rich's own by default. Where that is no terminal, only the last line is written.
+    clock : callable
+        What the rates go by, in seconds.
+
+    Raises
+    ------
+    ImportError
+        If rich is not installed.
+    """
+    live, progress_bar, table = _import_rich("live", "progress_bar", "table")
+    start = buffer.counts()
+    meter = Meter(start.total_added, start.total_sampled, clock=clock)
+
+    def line() -> Any:
+        stats = meter.read(buffer.counts())
+        grid = table.Table.grid(padding=(0, 1))
+        grid.add_row(progress_bar.ProgressBar(stats.capacity, stats.size, width=20), stats.line)
+        return grid
+
+    with live.Live(get_renderable=line, refresh_per_second=refresh_per_second, console=console) as shown:
+        shown.refresh()
+        yield
+
+
+def _import_rich(*modules: str) -> list[Any]:
+    try:
+        return [importlib.import_module(f"rich.{module}") for module in modules]
+    except ImportError as error:
+        raise ImportError(
+            f"the line in the terminal needs rich, which cannot be imported ({error}); pip install rich"
+        ) from error
