@@ -7,9 +7,10 @@ import os
 import pytest
 
 from anystore import available_backends, moves
+from anystore.replay import sum_tree
 
 REQUIRED = {name.strip() for name in os.environ.get("ANYSTORE_REQUIRE", "").split(",") if name.strip()}
-COMPILED = moves.gather.__module__ != "anystore.moves"
+COMPILED = moves.gather.__module__ != "anystore.moves" and sum_tree.compiled is not None
 LEFT_OUT = pytest.StashKey[dict[str, str]]()
 BACKENDS = {info.name: info for info in available_backends()}
 
@@ -20,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if REQUIRED - known:
         raise pytest.UsageError(f"ANYSTORE_REQUIRE names {sorted(REQUIRED - known)}; there are {sorted(known)}")
     if "compiled" in REQUIRED and not COMPILED:
-        raise pytest.UsageError("ANYSTORE_REQUIRE names the compiled moves, which were not built")
+        raise pytest.UsageError("ANYSTORE_REQUIRE names the compiled code, which was not built")
     missing = [
         f"{name} ({BACKENDS[name].reason})" for name in sorted(REQUIRED & BACKENDS.keys()) if not BACKENDS[name].usable
     ]
@@ -29,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = [f"compiled moves: {'built' if COMPILED else 'NOT BUILT, everything runs on plain NumPy'}"]
+    lines = [f"compiled code: {'built' if COMPILED else 'NOT BUILT (or not all of it); plain NumPy runs in its place'}"]
     for info in BACKENDS.values():
         state = f"runs on {', '.join(info.devices)}" if info.usable else f"DOES NOT RUN: {info.reason}"
         lines.append(f"backend {info.name} {info.version or ''}: {state}")

@@ -1,7 +1,7 @@
 """A nest of leaves: taken apart, put together, and the path of each leaf ("obs/image").
 
-optree does the work. Dataclasses and attrs classes are made known to it, in a namespace of our own, the first
-time that one is met in a spec.
+optree does the work. It is imported with the first nest, since it takes as long as the rest of the package. Dataclasses
+and attrs classes are made known to it, in a namespace of our own, the first time that one is met in a spec.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-
-import optree
 
 from anystore.specs import ArraySpec, understand
 
@@ -104,6 +102,8 @@ class Nest:
             raise ValueError(f"expected the path of a leaf or a subtree; there are {_listed(self.paths)}")
         if len(parts) < len(paths) or len(set(positions)) < len(positions):
             raise ValueError(f"expected paths that do not overlap, found {', '.join(paths)}")
+        import optree
+
         return optree.tree_map(self.specs.__getitem__, whole, none_is_leaf=True, namespace=_NAMESPACE), positions
 
     def _subtree(self, path: str) -> Any:
@@ -147,6 +147,8 @@ def label(path: str) -> str:
 
 
 def _flatten(nest: Any) -> tuple[list[Any], Any]:
+    import optree
+
     return optree.tree_flatten(nest, is_leaf=_is_spec, none_is_leaf=True, namespace=_NAMESPACE)
 
 
@@ -184,6 +186,8 @@ def _fields(cls: type) -> dict[str, str] | None:
 
 def _register(cls: type) -> None:
     """Make a dataclass or attrs class known to optree, once; other classes need nothing."""
+    import optree
+
     fields = _fields(cls)
     if fields is None:
         return
@@ -212,6 +216,8 @@ def _paths(treespec: Any) -> tuple[str, ...]:
 
 
 def _name(entry: Any) -> str:
+    import optree
+
     return str(entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry)
 
 
@@ -225,6 +231,8 @@ def _listed(paths: Iterable[str]) -> str:
 
 def children(node: Any) -> dict[Any, Any]:
     """The children of a node by key, field or position, in the order of their leaves; none for a leaf."""
+    import optree
+
     try:
         children, _, keys, _ = optree.tree_flatten_one_level(node, none_is_leaf=True, namespace=_NAMESPACE)
     except ValueError:  # no node for optree, such as a mapping or a list of a class that it does not know

@@ -36,7 +36,7 @@ def imported_by(program: str) -> set[str]:
 
 def test_importing_anystore_brings_in_no_array_library_but_numpy():
     found = imported_by("from anystore import *")
-    assert {"numpy", "optree"} <= found
+    assert "numpy" in found
     assert not found & LIBRARIES
 
 

@@ -22,7 +22,7 @@ def test_every_block_of_the_readme_runs(capsys):
     assert "total" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["specs", "plan", "storage"])
+@pytest.mark.parametrize("name", ["specs", "plan", "storage", "handover", "replay.buffer", "replay.feed"])
 def test_the_examples_of_the_docstrings_run(name):
     outcome = doctest.testmod(importlib.import_module(f"anystore.{name}"))
     assert outcome.attempted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
 from anystore.replay.ring import Ring
 from anystore.replay.samplers import Prioritized, Sampler, Uniform, as_priorities
+from anystore.replay.saved import save_buffer
 from anystore.replay.shared import Shared
 from anystore.replay.stats import Counts, Meter, Stats
 from anystore.replay.windows import Windows
@@ -349,6 +351,32 @@ class ReplayBuffer:
             self._lanes.clear()
             self._layout.clear()
             self.sampler.clear()
+
+    def save(
+        self, path: str | os.PathLike[str], *, keep: int = 0, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Save to the directory `path`, all or nothing, for `anystore.load` to go on from, with the very same draws.
+
+        Saved again to the same path, what is written are the items that were added since, and in full what the
+        sampler keeps of each item (8 bytes, for `Prioritized`). The buffer is locked meanwhile.
+
+        Parameters
+        ----------
+        path, keep, progress
+            As for `Storage.save`.
+
+        Raises
+        ------
+        SnapshotError, ValueError, OSError
+            As `Storage.save`; what was there is still there then.
+
+        Notes
+        -----
+        The draws go on with the same generator, that is on a backend whose generator is of the same kind; on another
+        one it starts anew, from a seed that follows from the state. A sampler of a class of your own is passed to
+        `anystore.load`.
+        """
+        save_buffer(self, path, keep, progress)
 
     # Sampling -------------------------------------------------------------------------------------------------------
 

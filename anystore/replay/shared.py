@@ -235,6 +235,8 @@ class Shared(Plain):
 
     def _records_of(self, begins: NDArray[np.bool_], ids: NDArray[np.intp]) -> NDArray[np.int64]:
         """The record of each item: a new one for each episode that begins."""
+        if not begins.any():
+            return np.broadcast_to(self._record[ids], begins.shape)
         records = np.full(begins.shape, -1, np.int64)
         records[0] = self._record[ids]
         records[begins] = [self._free.pop() for _ in range(int(begins.sum()))]
