@@ -168,8 +168,16 @@ class Backend(ABC):
         """Whether each integer of a flat array is at least 0 and below `length`; on a device, this waits for it."""
         return bool(self.xp.all((array >= 0) & (array < length)))
 
+    def chosen(self, mask: Array) -> Array:
+        """The positions where a flat mask is set; on a device, this waits for it.
+
+        A library that compiles for every shape repeats the last one, so that there are but a few shapes.
+        """
+        positions: Array = self.xp.nonzero(mask)[0]
+        return positions
+
     def put(self, array: Array, places: Array, values: Array) -> Array:
-        """`array` with `values` at these places along its first axis, each there once; it may be changed in place."""
+        """`array` with `values` at these places along its first axis; it may be changed in place."""
         self.scatter([array], self.as_rows(places), [values])
         return array
 

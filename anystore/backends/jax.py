@@ -155,6 +155,11 @@ class JaxBackend(Backend):
     def array(self, buffer: _Cell) -> jax.Array:
         return buffer.array
 
+    def chosen(self, mask: jax.Array) -> jax.Array:
+        positions = np.flatnonzero(mask)
+        more = (1 << (positions.size - 1).bit_length()) - positions.size if positions.size else 0
+        return self.from_numpy(np.append(positions, np.repeat(positions[-1:], more)))
+
     def put(self, array: jax.Array, places: Any, values: Any) -> jax.Array:
         cell = _Cell(array)
         self.scatter([cell], self.as_rows(places), [values])

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
 from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, label
 from anystore.plan import as_capacity
+from anystore.replay.draws import Draws, Usable
 from anystore.replay.feed import Batches
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
 from anystore.replay.ring import Ring
 from anystore.replay.samplers import Prioritized, Sampler, Uniform, as_priorities
-from anystore.replay.saved import save_buffer
 from anystore.replay.shared import Shared
 from anystore.replay.stats import Counts, Meter, Stats
 from anystore.replay.windows import Windows
@@ -33,10 +34,6 @@ from anystore.values import Casting
 __all__ = ["ReplayBuffer", "Sample"]
 
 AtEnd = Literal["cross", "pad", "whole"]
-Usable = Callable[[Array], Array]
-
-_ROUNDS = 8
-"""How often draws that are of no use are made anew, before all items are looked at for those that are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +174,7 @@ class ReplayBuffer:
         most = 2 ** (8 * self._windows.index_dtype.itemsize - 1)
         self._period = capacity * (most // capacity - 1) or capacity
         self._sampled = 0
+        self._draws = Draws(self.sampler, self._random, self._backend)
         self._meter = Meter()
 
     # Where things are -----------------------------------------------------------------------------------------------
@@ -265,6 +263,7 @@ class ReplayBuffer:
             "sampler": self.sampler.state(self._ring.items),
             "random": self._random.state(),
             "sampled": self._sampled,
+            "doubled": self._draws.doubled,
         }
 
     def __len__(self) -> int:
@@ -376,6 +375,8 @@ class ReplayBuffer:
         one it starts anew, from a seed that follows from the state. A sampler of a class of your own is passed to
         `anystore.load`.
         """
+        from anystore.replay.saved import save_buffer
+
         save_buffer(self, path, keep, progress)
 
     # Sampling -------------------------------------------------------------------------------------------------------
@@ -427,7 +428,7 @@ class ReplayBuffer:
         with self.lock, self._backend.stream():
             items = self._ring.items
             candidates, usable = self._choice(items, how)
-            drawn = self._draw(batch_size, candidates, usable)
+            drawn = self._draws.draw(batch_size, candidates, usable)
             self._sampled += batch_size
             return self._sample_of(drawn, candidates, items, how, self.sampler.weights(drawn, candidates))
 
@@ -464,13 +465,16 @@ class ReplayBuffer:
                     position += len(some)
                     some = some[some >= items.start + oldest]
                     for test in tests if len(some) else ():
-                        some = some[to_numpy(test(self._as_array(some - items.start)))]
+                        some = some[to_numpy(test(self._places(some, items)))]
                     chosen.extend(some)
                 if not chosen:
                     return
                 self._sampled += len(chosen)
-                sample = self._sample_of(self._as_array(np.asarray(chosen) - items.start), items, items, how)
+                sample = self._sample_of(self._places(np.asarray(chosen), items), items, items, how)
             yield sample
+
+    def _places(self, numbers: NDArray[np.int64], items: range) -> Array:
+        return self._backend.from_numpy((numbers - items.start).astype(self._windows.index_dtype))
 
     def _requirements(self, items: range, how: _How) -> tuple[int, list[Usable]]:
         """How many of the oldest items cannot be read, and what tells of others whether they are of use."""
@@ -498,87 +502,6 @@ class ReplayBuffer:
         if not tests:
             return candidates, None
         return candidates, lambda places: functools.reduce(operator.and_, [test(places + oldest) for test in tests])
-
-    def _draw(self, count: int, items: range, usable: Usable | None) -> Array:
-        """Places of items that the sampler draws and that are of use."""
-        sampler = self.sampler
-        if sampler.distinct and 2 * count > len(items):
-            return self._draw_exactly(count, items, usable)
-        places = sampler.draw(count, items)
-        if sampler.inside and usable is None and not sampler.distinct:
-            return places
-        places = new = self._as_places(places, count)
-        positions: Any = None  # of the new ones; None for all
-        for _ in range(_ROUNDS):
-            bad = self._useless(new, items, usable)
-            if bad is not None:
-                positions = bad if positions is None else self._backend.xp.take(positions, bad, axis=0)
-            elif sampler.distinct:
-                positions = self._repeated(places)
-            if bad is None and (positions is None or not sampler.distinct):
-                return places
-            number = positions.shape[0]
-            new = self._as_places(sampler.draw(number, items), number)
-            places = self._backend.put(places, positions, new)
-        return self._draw_exactly(count, items, usable)
-
-    def _as_array(self, numbers: Any) -> Array:
-        """Integers of NumPy's on the device."""
-        return self._backend.from_numpy(numbers.astype(self._windows.index_dtype))
-
-    def _as_places(self, places: Array, count: int) -> Array:
-        """What a sampler drew, in an array of the buffer's own."""
-        if not is_array(places) or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
-            name = type(self.sampler).__name__
-            raise TypeError(f"expected {count} places from {name}.draw, a flat array of integers, found {places!r:.80}")
-        index_dtype = self._backend.native_dtype(self._windows.index_dtype)
-        return places if self.sampler.inside else self._backend.xp.astype(places, index_dtype, copy=True)
-
-    def _useless(self, places: Array, items: range, usable: Usable | None) -> Array | None:
-        """The positions of the draws to be made anew, or None."""
-        xp = self._backend.xp
-        if self._backend.inside(places, len(items)):
-            if usable is None:
-                return None
-            good = usable(places)
-        else:
-            good = (places >= 0) & (places < len(items))
-            if usable is not None:
-                good = good & usable(xp.where(good, places, xp.zeros_like(places)))
-        return None if bool(xp.all(good)) else xp.nonzero(~good)[0]
-
-    def _repeated(self, places: Array) -> Array | None:
-        """The positions of places that are there before, or None."""
-        xp = self._backend.xp
-        order = xp.argsort(places, stable=True)
-        ordered = xp.take(places, order, axis=0)
-        same = ordered[1:] == ordered[:-1]
-        return xp.take(order[1:], xp.nonzero(same)[0], axis=0) if bool(xp.any(same)) else None
-
-    def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
-        """The same by a look at every item."""
-        xp = self._backend.xp
-        places = self._as_array(np.arange(len(items)))
-        chances = self.sampler.chances(places, items)
-        good = chances > 0 if chances is not None else places >= 0
-        good = good if usable is None else good & usable(places)
-        places = xp.nonzero(good)[0]
-        found = places.shape[0]
-        if found == 0:
-            raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
-        if self.sampler.distinct:
-            if count > found:
-                raise ValueError(f"expected at most {found} draws without replacement, found {count}")
-            if chances is None:
-                return xp.take(places, self._random.permutation(found)[:count], axis=0)
-            # Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006).
-            keys = xp.log(self._random.uniform(found)) / xp.take(chances, places, axis=0)
-            return xp.take(places, xp.argsort(keys, descending=True)[:count], axis=0)
-        if chances is None:
-            return xp.take(places, self._random.integers(found, count), axis=0)
-        sums = xp.cumulative_sum(xp.take(chances, places, axis=0))
-        chosen = xp.searchsorted(sums, self._random.uniform(count) * sums[-1], side="right")
-        return xp.take(places, xp.minimum(chosen, xp.full_like(chosen, found - 1)), axis=0)
 
     def _sample_of(
         self, drawn: Array, candidates: range, items: range, how: _How, weights: Array | None = None
@@ -667,15 +590,16 @@ class ReplayBuffer:
         backend, xp = self._backend, self._backend.xp
         with self.lock, self._backend.stream():
             numbers = self._as_numbers(rows)
-            values = as_priorities(priorities, numbers.shape[0], backend)
-            items = self._ring.items
+            values = as_priorities(priorities, int(numbers.shape[0]), backend)
+            items, count = self._ring.items, int(numbers.shape[0])
             places = numbers - items.start % self._period
             if items.stop > self._period:
                 places = places % self._period
             if not backend.inside(places, len(items)):
-                there = xp.nonzero((places >= 0) & (places < len(items)))[0]
-                places, values = xp.take(places, there, axis=0), xp.take(values, there, axis=0)
-            count = int(places.shape[0])
+                there = (places >= 0) & (places < len(items))
+                count = int(xp.sum(xp.astype(there, places.dtype), dtype=places.dtype))
+                chosen = backend.chosen(there)
+                places, values = xp.take(places, chosen, axis=0), xp.take(values, chosen, axis=0)
             if count:
                 self.sampler.update((places + items.start % self._ring.capacity) % self._ring.capacity, values)
             return count
@@ -692,7 +616,7 @@ class ReplayBuffer:
         """What `stats` are made of."""
         with self.lock, self._backend.stream():
             items = self._ring.items
-            places = self._as_array(np.arange(len(items)))
+            places = self._draws.every(len(items))
             reward = self._reward if items else None
             return Counts(
                 size=len(items),

@@ -19,9 +19,9 @@ from anystore.rows import KnownRows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
 
-__all__ = ["Lanes"]
+__all__ = ["DISTANCES", "Lanes"]
 
-_DISTANCES = {"ahead": ArraySpec((), "int32"), "behind": ArraySpec((), "int32")}
+DISTANCES = {"ahead": ArraySpec((), "int32"), "behind": ArraySpec((), "int32")}
 """From an item to the next and to the previous one of its lane; 0 where there is none yet, or was none."""
 
 
@@ -145,7 +145,7 @@ class Lanes:
     def _keep_distances(self) -> None:
         """From now on; the items that are there were all written in step."""
         self._newest = self.newest().copy()
-        self._distances = Storage(_DISTANCES, self._ring.capacity, backend=self._backend)
+        self._distances = Storage(DISTANCES, self._ring.capacity, backend=self._backend)
         items = np.asarray(self._ring.items)
         ahead = np.where(items + self.count < self._ring.total, self.count, 0)
         if items.size:
@@ -159,7 +159,9 @@ class Lanes:
         linked = previous > max(-1, numbers[-1] - capacity)  # and not overwritten by one of these items
         distance = np.where(linked, numbers - previous, 0).astype(np.int32)
         self._distances.set(numbers % capacity, {"ahead": np.zeros_like(distance), "behind": distance})
-        self._distances.select("ahead").set(previous[linked] % capacity, distance[linked])
+        # For items without a previous one their own 0 once more: always one shape, for libraries that compile.
+        rows = np.where(linked, previous, numbers) % capacity
+        self._distances.select("ahead").set(rows, distance)
         self._newest[lanes] = numbers
 
     def state(self) -> dict[str, Any]:

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.backends.base import Array
+from anystore.convert import to_numpy
 from anystore.nests import map_leaves
 from anystore.replay.lanes import Lanes
 from anystore.replay.ring import Ring
+from anystore.replay.sum_tree import index_dtype
 from anystore.rows import KnownRows
 from anystore.storage import Storage
 
@@ -104,8 +106,14 @@ class Plain:
         """
         if self._truncated is None:
             raise ValueError('no leaf says that an episode was broken off; give the spec a bool leaf "truncated"')
+        items = self._ring.items
         numbers = self._lanes.newest(lanes)
-        self._truncated.set(numbers[numbers >= self._ring.items.start] % self._ring.capacity, True)
+        numbers = numbers[numbers >= items.start]
+        places = self._truncated.backend.from_numpy(
+            (numbers - items.start).astype(index_dtype(self._truncated.backend))
+        )
+        going_on = ~to_numpy(self.ends(places, items))
+        self._truncated.set(numbers[going_on] % self._ring.capacity, True)
 
     def whole(self, places: Array, items: range) -> Array | None:
         """Whether each of these items can be read; None if all can."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from anystore.convert import to_numpy
 from anystore.nests import Nest
+from anystore.replay.lanes import DISTANCES
 from anystore.replay.samplers import Prioritized, Recent, Sampler, Uniform
 from anystore.snapshot import Snapshot, SnapshotError, save_snapshot
 from anystore.snapshot.described import describe, rebuild
@@ -20,10 +21,10 @@ from anystore.snapshot.manifest import MANIFEST
 from anystore.snapshot.npy import rows_at_a_time
 from anystore.snapshot.progress import Callback, Progress
 from anystore.snapshot.reader import fitting
+from anystore.storage import Storage
 
 if TYPE_CHECKING:
     from anystore.replay.buffer import ReplayBuffer
-    from anystore.storage import Storage
 
 __all__ = ["load_buffer", "save_buffer"]
 
@@ -36,6 +37,8 @@ _SETTINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
 _CLASSES = {"Uniform": Uniform, "Recent": Recent, "Prioritized": Prioritized}
 _BY_ITEM = ("items", "marks", "distances")
 """The storages that have a row for each row of the ring."""
+_WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
+"""What comes of a state that is none."""
 
 
 def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, progress: Callback | None) -> None:
@@ -99,7 +102,7 @@ def load_buffer(
     try:
         state = _State(snapshot)
         nest = Nest(rebuild(snapshot.state["data_spec"]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except _WRONG as error:
         raise SnapshotError(f"{where}: expected the state of a replay buffer, found another ({error!r})") from None
     if like is not None:
         nest = fitting(nest, Nest(getattr(like, "data_spec", like)), snapshot.path)
@@ -127,9 +130,10 @@ class _State:
         self._settings: dict[str, Any] | None = state["sampler_settings"]
         self._state: dict[str, Any] = _with_arrays(state["buffer"], snapshot.arrays())
         ring = self._state["ring"]
-        self._items = range(ring["oldest"], ring["total"])
-        if not 0 <= self._items.start <= self._items.stop or len(self._items) > self.capacity:
-            raise ValueError(f"items {self._items} in {self.capacity} rows")
+        oldest, total = ring["oldest"], ring["total"]
+        if not 0 <= oldest <= total < 2**62 or not total - oldest <= self.capacity:
+            raise ValueError(f"items {oldest!r:.80} to {total!r:.80} in {self.capacity!r:.80} rows")
+        self._items = range(oldest, total)
         for name in _BY_ITEM:
             if name in snapshot.manifest.storages and snapshot.entry(name).capacity != self.capacity:
                 raise ValueError(f"{name} with {snapshot.entry(name).capacity} rows, not {self.capacity}")
@@ -157,11 +161,11 @@ class _State:
         casting = self._snapshot.entry("items").casting
         options: Any = {"casting": casting, "backend": backend, "device": device, "sampler": sampler}
         try:
-            options.update(self._state["options"])
+            options.update(_checked_options(self._state["options"]))
             # For a generator of another kind than the one that was saved, which cannot go on from its state.
             options["seed"] = zlib.crc32(json.dumps(self._state["random"], default=str).encode())
             return ReplayBuffer(data_spec, capacity, **options)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise SnapshotError(f"{self._where}: expected the options of a replay buffer ({error!r})") from None
 
     def fill(self, buffer: ReplayBuffer, bar: Progress) -> None:
@@ -176,7 +180,7 @@ class _State:
         distances = None
         for name, entry in self._snapshot.manifest.storages.items():
             if name == "distances":
-                storage = distances = buffer._lanes.new_distances()
+                storage = distances = Storage(DISTANCES, buffer.capacity, backend=buffer.backend)
             elif name in buffer._layout.storages:
                 storage = buffer._layout.storages[name]
             else:
@@ -186,8 +190,10 @@ class _State:
             self._snapshot.fill(storage, name, moved=moved if name in _BY_ITEM else None, bar=bar)
         try:
             self._restore(buffer, distances)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-            raise SnapshotError(f"{self._where}: expected the state of a replay buffer, found another ({error})") from None
+        except _WRONG as error:
+            raise SnapshotError(
+                f"{self._where}: expected the state of a replay buffer, found another ({error})"
+            ) from None
 
     def _moved(self, capacity: int) -> Callable[[NDArray[np.intp]], NDArray[np.intp]]:
         """What gives the rows of the newest items in a ring of another capacity."""
@@ -210,22 +216,56 @@ class _State:
         if "records" in buffer._layout.storages:
             _check_records(buffer, state["layout"])
         buffer._layout.restore(state["layout"])
+        if type(buffer.sampler) is Prioritized:
+            _check_chances(state["sampler"], len(self._items))
         buffer.sampler.restore(state["sampler"], buffer._ring.items)
         if state["random"]["kind"] == buffer._random.kind:
             buffer._random.restore(state["random"])
         buffer._sampled = int(state["sampled"])
+        buffer._draws.doubled = min(max(int(state["doubled"]), 0), 8)
+
+
+def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that items are laid out by, each of its type."""
+    mappings = {"shared": str, "stacks": int}
+    kinds: dict[str, Any] = {
+        "lanes": int,
+        **dict.fromkeys(("reward", "terminated", "truncated", "following"), (str, type(None))),
+    }
+    if options.keys() != {*mappings, *kinds} or not all(isinstance(options[key], kind) for key, kind in kinds.items()):
+        raise TypeError(f"other options: {options!r:.200}")
+    for key, kind in mappings.items():
+        if not isinstance(options[key], dict) or not all(type(value) is kind for value in options[key].values()):
+            raise TypeError(f"{key} is {options[key]!r:.80}")
+    return options
 
 
 def _check_records(buffer: ReplayBuffer, layout: dict[str, Any]) -> None:
     """Check that every number of a record is one, since rows follow from them without another look."""
     count, named = layout["records"], [record for _, record in layout["ended"]]
     named += [*layout["free"], *(record for record in layout["record"] if record != -1)]
-    storage = buffer._layout.storages["records"]
-    if storage.capacity % count or not all(type(record) is int and 0 <= record < count for record in named):
+    rows = count * (buffer._layout.margin + 1)
+    if buffer._layout.storages["records"].capacity != rows:
+        raise ValueError(f"{rows} rows of records")
+    if not all(type(record) is int and 0 <= record < count for record in named):
         raise ValueError(f"records beyond {count}")
+    fresh = buffer._layout.state()["expected"]
+    if {path: (array.shape, array.dtype) for path, array in layout["expected"].items()} != {
+        path: (array.shape, array.dtype) for path, array in fresh.items()
+    }:
+        raise ValueError("other observations")
     marks = buffer._layout.storages["marks"].select("record")
     step = rows_at_a_time(4)
     for start in range(0, buffer.capacity, step):
         numbers = to_numpy(marks.get(slice(start, start + step)))
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
             raise ValueError(f"records beyond {count}")
+
+
+def _check_chances(state: dict[str, Any], count: int) -> None:
+    """Check that there is a chance for each item and for new ones: rows are drawn with them without another look."""
+    numbers = state["numbers"]
+    if numbers.shape != (count,) or numbers.dtype.kind != "f" or not (np.isfinite(numbers) & (numbers >= 0)).all():
+        raise ValueError(f"no chances of {count} items")
+    if not np.isfinite((state["highest"] + state["epsilon"]) ** state["alpha"] * state["beta"]):
+        raise ValueError("no chance of a new item")

@@ -113,6 +113,11 @@ class Shared(Plain):
         self._observations = _observations(nest, shared, stacks)
         self._depth = max(each.frames for each in self._observations)
         self.margin = self._depth - 1
+        if ring.capacity <= self.margin * lanes.count:
+            raise ValueError(
+                f"expected a capacity of more than {self.margin * lanes.count}, found {ring.capacity}: of stacks of "
+                f"{self._depth} frames in {lanes.count} lane(s) so many of the oldest items may have lost frames"
+            )
         frames = {each.path: each.frame for each in self._observations}
         self._not_stored = {each.after for each in self._observations} - {None}
         specs = dict(zip(nest.paths, nest.specs))
@@ -261,9 +266,9 @@ class Shared(Plain):
                 storage.set(flat[last] * self._depth + self._depth - 1, each.newest(seen[each.after][last]))
 
     def end(self, lanes: NDArray[np.intp]) -> None:
-        self._break_off(lanes, self._ring.items.start)
         if self._truncated is not None:
             super().end(lanes)
+        self._break_off(lanes, self._ring.items.start)
 
     def clear(self) -> None:
         self._forget()
@@ -372,7 +377,7 @@ class Shared(Plain):
         in_ring = xp.where(from_records, xp.zeros_like(flat), flat)
         index = KnownRows(backend.as_rows(in_ring), self._ring.capacity)
         frames = self._select("items", each.path).get(index)
-        chosen = xp.nonzero(from_records)[0]
+        chosen = backend.chosen(from_records)
         if chosen.shape[0]:
             known = KnownRows(backend.as_rows(xp.take(flat, chosen, axis=0)), self._records * self._depth)
             frames = backend.put(frames, chosen, self._select("records", each.path).get(known))

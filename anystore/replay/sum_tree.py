@@ -158,4 +158,5 @@ def _choose(blocks: Array, draws: Array, xp: ModuleType) -> Array:
     targets = draws * whole
     # A product that is rounded up to the whole sum would lead past the last number that is not 0.
     targets = xp.where(targets < whole, targets, xp.zeros_like(targets))
-    return xp.sum(xp.astype((sums <= targets[:, None]) & (whole > 0)[:, None], xp.int32), axis=-1)
+    below = xp.astype((sums <= targets[:, None]) & (whole > 0)[:, None], xp.int32)
+    return xp.sum(below, axis=-1, dtype=xp.int32)

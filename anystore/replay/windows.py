@@ -70,7 +70,8 @@ class Windows:
         powers = xp.astype(self._backend.from_numpy(powers), dtype)
         factors = xp.where(mask, powers[:-1][None, :], xp.zeros_like(powers[:1])[None, :])
         factors = xp.reshape(factors, factors.shape + (1,) * (rewards.ndim - 2))
-        counts = xp.sum(xp.astype(mask, self._native(self.index_dtype.name)), axis=-1)
+        integer = self._native(self.index_dtype.name)
+        counts = xp.sum(xp.astype(mask, integer), axis=-1, dtype=integer)
         discounts = xp.take(powers, counts, axis=0)
         discounts = xp.where(terminated, xp.zeros_like(discounts), discounts)
         return xp.sum(xp.astype(rewards, dtype) * factors, axis=1), discounts
@@ -94,8 +95,8 @@ class Windows:
         xp = self._backend.xp
         within = xp.where(real, steps, steps[:, :1])
         ends = self._layout.ends(within, items) & real
-        count = xp.cumulative_sum(xp.astype(ends, self._native(self.index_dtype.name)), axis=1)
-        return real & (count - xp.astype(ends, count.dtype) == 0)
+        ends = xp.astype(ends, self._native(self.index_dtype.name))
+        return real & (xp.cumulative_sum(ends, axis=1, dtype=ends.dtype) - ends == 0)
 
     def _native(self, name: str) -> Any:
         return self._backend.native_dtype(np.dtype(name))

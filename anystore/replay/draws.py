@@ -1,0 +1,133 @@
+"""What a sampler draws, as far as it is of use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from anystore.backends import Backend
+from anystore.backends.base import Array
+from anystore.backends.random import Random
+from anystore.convert import is_array
+from anystore.replay.samplers import Sampler
+from anystore.replay.sum_tree import index_dtype
+from anystore.specs import as_dtype
+
+__all__ = ["Draws", "Usable"]
+
+Usable = Callable[[Array], Array]
+"""Tells of places, the positions of items among those that may be drawn, which are of use."""
+
+_ROUNDS = 8
+"""How often more is drawn, before every item is looked at for those that are of use."""
+
+
+class Draws:
+    """Places of items that a sampler draws, and others for those that are of no use.
+
+    Parameters
+    ----------
+    sampler : Sampler
+        What draws; one of the user's own is not trusted.
+    random : Random
+        For the draws that it does not make itself.
+    backend : Backend
+        Where the items are.
+
+    Attributes
+    ----------
+    doubled : int
+        How often the number of draws is, so that enough of them are of use; as it was found to be right before.
+    """
+
+    def __init__(self, sampler: Sampler, random: Random, backend: Backend) -> None:
+        self._sampler = sampler
+        self._random = random
+        self._backend = backend
+        self._dtype = index_dtype(backend)
+        self.doubled = 0
+
+    def draw(self, count: int, items: range, usable: Usable | None) -> Array:
+        """`count` places of these items, each as likely as the sampler has it among those that are of use.
+
+        Raises
+        ------
+        ValueError
+            If none is, or not as many as are wanted without replacement.
+        """
+        sampler, xp = self._sampler, self._backend.xp
+        if sampler.inside and usable is None and not sampler.distinct:
+            return sampler.draw(count, items)
+        if sampler.distinct and 2 * count > len(items):
+            return self._draw_exactly(count, items, usable)
+        for _ in range(_ROUNDS):
+            places = self._drawn(count << self.doubled, items)
+            if usable is None and not sampler.distinct and self._backend.inside(places, len(items)):
+                return places[:count]
+            good = self._good(places, items, usable)
+            found = int(xp.sum(xp.astype(good, places.dtype), dtype=places.dtype))
+            if found >= count:
+                self.doubled -= found >= 2 * count
+                first = xp.argsort(xp.astype(~good, places.dtype), stable=True)[:count]
+                return places if found == count == places.shape[0] else xp.take(places, first, axis=0)
+            # More at once, and not others for the bad ones, which would be of another number every time: a library that
+            # compiles does so for every shape.
+            self.doubled += 1
+        self.doubled = 0
+        return self._draw_exactly(count, items, usable)
+
+    def every(self, count: int) -> Array:
+        """All places below `count`."""
+        return self._backend.from_numpy(np.arange(count, dtype=self._dtype))
+
+    def _drawn(self, count: int, items: range) -> Array:
+        places = self._sampler.draw(count, items)
+        if self._sampler.inside:
+            return places
+        if not is_array(places) or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
+            name = type(self._sampler).__name__
+            raise TypeError(f"expected {count} places from {name}.draw, a flat array of integers, found {places!r:.80}")
+        # A copy, since it may be an array that the sampler goes on to use.
+        return self._backend.xp.astype(places, self._backend.native_dtype(self._dtype), copy=True)
+
+    def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
+        """Which draws are of use."""
+        xp = self._backend.xp
+        good = (places >= 0) & (places < len(items))
+        if usable is not None:
+            good = good & usable(xp.where(good, places, xp.zeros_like(places)))
+        return good & self._first_of_equals(places) if self._sampler.distinct else good
+
+    def _first_of_equals(self, places: Array) -> Array:
+        """Whether each place is not there before."""
+        xp = self._backend.xp
+        order = xp.argsort(places, stable=True)
+        ordered = xp.take(places, order, axis=0)
+        new = xp.concat([xp.ones_like(ordered[:1], dtype=xp.bool), ordered[1:] != ordered[:-1]])
+        return xp.take(new, xp.argsort(order), axis=0)
+
+    def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
+        """The same by a look at every item."""
+        xp, sampler = self._backend.xp, self._sampler
+        places = self.every(len(items))
+        chances = sampler.chances(places, items)
+        good = chances > 0 if chances is not None else places >= 0
+        good = good if usable is None else good & usable(places)
+        places = xp.nonzero(good)[0]
+        found = places.shape[0]
+        if found == 0:
+            raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
+        if sampler.distinct and count > found:
+            raise ValueError(f"expected at most {found} draws without replacement, found {count}")
+        if chances is None:
+            drawn = self._random.permutation(found)[:count] if sampler.distinct else self._random.integers(found, count)
+            return xp.take(places, drawn, axis=0)
+        chances = xp.take(chances, places, axis=0)
+        if sampler.distinct:
+            # Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006).
+            keys = xp.log(self._random.uniform(found)) / chances
+            return xp.take(places, xp.argsort(keys, descending=True)[:count], axis=0)
+        sums = xp.cumulative_sum(chances)
+        drawn = xp.searchsorted(sums, self._random.uniform(count) * sums[-1], side="right")
+        return xp.take(places, xp.minimum(drawn, xp.full_like(drawn, found - 1)), axis=0)
