@@ -11,7 +11,8 @@ import nox
 nox.needs_version = ">=2024.10"
 nox.options.reuse_venv = "yes"
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "ml_dtypes"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ml_dtypes"]
+SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4"]
 FOREIGN_SPECS = ["attrs", "dm-env", "gymnasium>=1.0"]
 STRICT = ["array-api-strict>=2.4"]
 CUPY = "cupy-cuda13x" if os.environ.get("ANYSTORE_CUDA") == "13" else "cupy-cuda12x"
@@ -27,7 +28,7 @@ BACKENDS = {
     "torch": ("[torch]", []),
     "jax": ("[jax]", []),
     "cupy": (f"[{CUPY}]", []),
-    "all": ("[torch,jax]", [*STRICT, *FOREIGN_SPECS]),
+    "all": ("[torch,jax]", [*STRICT, *FOREIGN_SPECS, "rich>=13"]),
 }
 """The extra of anystore that the tests of each backend need, and what else; "all" has every library, so that values
 of each meet stores of each."""
@@ -39,7 +40,7 @@ def install(session: nox.Session, *packages: str, extra: str = "") -> None:
 
 
 def run_tests(session: nox.Session, *arguments: str, **env: str) -> None:
-    session.run("python", "-m", "pytest", *(session.posargs or arguments), env=env)
+    session.run("python", "-m", "pytest", *SIDE_BY_SIDE, *(session.posargs or arguments), env=env)
 
 
 WITHOUT_TENSORFLOW = "--ignore-glob=tests/test_tf*.py"
@@ -68,6 +69,7 @@ def tensorflow(session: nox.Session) -> None:
         session,
         "tests/test_tf.py",
         "tests/test_tf_to_library.py",
+        "tests/test_tf_replay.py",
         "--doctest-modules",
         "anystore/tf.py",
         ANYSTORE_REQUIRE="array_api_strict,torch,jax",
@@ -141,7 +143,7 @@ def wheel(session: nox.Session) -> None:
         copy(name, target)
     with session.chdir(place / "run"):
         required = "array_api_strict,compiled" if shutil.which("cc") else "array_api_strict"
-        session.run(python, "-m", "pytest", WITHOUT_TENSORFLOW, env={"ANYSTORE_REQUIRE": required}, external=True)
+        session.run(python, "-m", "pytest", *SIDE_BY_SIDE, WITHOUT_TENSORFLOW, env={"ANYSTORE_REQUIRE": required}, external=True)
 
 
 PEERS = {
@@ -176,6 +178,17 @@ def bench(session: nox.Session) -> None:
     for peer in PEERS:
         session.notify(f"bench_beside({peer})", posargs=session.posargs)
     session.notify("bench_report")
+
+
+REPLAY = ["anystore", "cpprb", "torchrl", "stable_baselines3", "tianshou", "tf_agents"]
+
+
+@nox.session(default=False, python="3.11")
+@nox.parametrize("peer", [nox.param(name, id=name) for name in REPLAY])
+def bench_replay(session: nox.Session, peer: str) -> None:
+    """Measure anystore.replay beside a peer, in the peer's own environment; alone: what it costs by size."""
+    install(session, *PEERS.get(peer, []))
+    session.run("python", "-W", "ignore", "-m", "benchmarks.replay", peer, *session.posargs, env=QUIET)
 
 
 @nox.session(default=False)

@@ -42,6 +42,8 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_one_at_a_time = threading.RLock()
+"""For all that threads share."""
 
 
 class Device:
@@ -85,15 +87,17 @@ class Stream:
 
     def put(self, work: Callable[[], object]) -> None:
         self.work.append(work)
+        Stream.held.append([memory() for *_, memory in MemoryPointer.known])
 
     def run(self, until: int | None = None) -> None:
         """Do the work up to a point."""
-        until = len(self.work) if until is None else until
-        while self.done < until:
-            self.done += 1
-            self.work[self.done - 1]()
-        if all(stream.done == len(stream.work) for stream in Stream.streams):
-            Stream.held.clear()
+        with _one_at_a_time:
+            until = len(self.work) if until is None else until
+            while self.done < until:
+                self.done += 1
+                self.work[self.done - 1]()
+            if all(stream.done == len(stream.work) for stream in Stream.streams):
+                Stream.held.clear()
 
     synchronize = run
 
@@ -155,13 +159,12 @@ class MemoryPointer:
         self.offset = -self.memory.ctypes.data % 512
         self.ptr = self.memory.ctypes.data + self.offset
         self.device_id = _here.device
-        MemoryPointer.known = [entry for entry in MemoryPointer.known if entry[3]() is not None]
-        bisect.insort(
-            MemoryPointer.known,
-            (self.ptr, self.ptr + nbytes, self.device_id, weakref.ref(self.memory)),
-            key=lambda entry: entry[0],
-        )
-        Stream.held.append(self.memory)
+        entry = self.ptr, self.ptr + nbytes, self.device_id, weakref.ref(self.memory)
+        with _one_at_a_time:
+            known = [entry for entry in MemoryPointer.known if entry[3]() is not None]
+            bisect.insort(known, entry, key=lambda entry: entry[0])
+            MemoryPointer.known = known
+            Stream.held.append(self.memory)
 
     def __add__(self, offset: int) -> MemoryPointer:
         other = MemoryPointer.__new__(MemoryPointer)
@@ -177,10 +180,11 @@ class MemoryPointer:
 
 def device_of(address: int, nbytes: int) -> int | None:
     """The device whose memory these bytes are, all of them; None for main memory."""
-    place = bisect.bisect_right(MemoryPointer.known, address, key=lambda entry: entry[0]) - 1
+    known = MemoryPointer.known
+    place = bisect.bisect_right(known, address, key=lambda entry: entry[0]) - 1
     if place < 0:
         return None
-    start, end, device, memory = MemoryPointer.known[place]
+    start, end, device, memory = known[place]
     if memory() is None or address >= end:
         return None
     assert start <= address <= address + nbytes <= end, "past the end of an allocation"
@@ -396,8 +400,8 @@ OPERATORS = (
 )
 FUNCTIONS = (
     *("all", "any", "argsort", "astype", "broadcast_to", "concat", "cumulative_sum", "exp", "full_like", "isdtype"),
-    *("isfinite", "log", "max", "maximum", "min", "minimum", "moveaxis", "nonzero", "reshape", "searchsorted", "stack"),
-    *("sum", "take", "where", "zeros_like"),
+    *("isfinite", "log", "max", "maximum", "min", "minimum", "moveaxis", "nonzero", "ones_like", "reshape", "searchsorted"),
+    *("stack", "sum", "take", "where", "zeros_like"),
 )
 """What the arrays and the namespace of array-api-compat offer to those who know no library by name."""
 

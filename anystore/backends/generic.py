@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, resolve_device
 from anystore.backends.random import HostRandom, Random
+from anystore.convert import to_numpy
 from anystore.rows import Rows, basic_index
 
 __all__ = ["GenericBackend"]
@@ -90,6 +91,13 @@ class GenericBackend(Backend):
             leaf = self._xp.reshape(leaf, (rows.size, *buffer.shape[1:]))
             for position, row in enumerate(flat):
                 buffer[row, ...] = leaf[position, ...]
+
+    def chosen(self, mask: Array) -> Array:
+        positions = np.flatnonzero(to_numpy(mask))
+        try:
+            return self.from_numpy(positions)
+        except ValueError:  # no int64 there
+            return self.from_numpy(positions.astype(np.int32))
 
     def from_numpy(self, array: NDArray[Any]) -> Array:
         return self._xp.asarray(array, dtype=self.native_dtype(array.dtype), device=self._device)

@@ -100,9 +100,12 @@ static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t a
         for (Py_ssize_t step = 0; step < tree.count; step++) {
             const double *numbers = tree.numbers[tree.count - 1 - step];
             const double *below = step + 1 < tree.count ? tree.numbers[tree.count - 2 - step] : NULL;
+            npy_intp blocks_below = below == NULL ? 0 : tree.lengths[tree.count - 2 - step] / WIDTH;
             for (npy_intp i = start; i < stop; i++) {
                 rows[i] = rows[i] * WIDTH + choose(numbers + rows[i] * WIDTH, draws[step * count + i]);
                 if (below != NULL) {
+                    if (rows[i] >= blocks_below) /* no sum of anything */
+                        rows[i] = 0;
                     __builtin_prefetch(below + rows[i] * WIDTH);
                     __builtin_prefetch(below + rows[i] * WIDTH + WIDTH / 2);
                 }

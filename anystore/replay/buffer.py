@@ -35,6 +35,9 @@ __all__ = ["ReplayBuffer", "Sample"]
 
 AtEnd = Literal["cross", "pad", "whole"]
 
+_LOOKED_AT = 1 << 16
+"""Stats are of the priorities of so many items at most, spread evenly over all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -616,8 +619,7 @@ class ReplayBuffer:
         """What `stats` are made of."""
         with self.lock, self._backend.stream():
             items = self._ring.items
-            places = self._draws.every(len(items))
-            reward = self._reward if items else None
+            some = items[:: -(-len(items) // _LOOKED_AT) or 1]
             return Counts(
                 size=len(items),
                 capacity=self._ring.capacity,
@@ -626,15 +628,16 @@ class ReplayBuffer:
                 nbytes=self.nbytes,
                 first=items.start,
                 lanes=self._lanes.count if self._lanes.in_step else None,
-                ends=to_numpy(self._layout.ends(places, items)) if self._layout.knows_ends and items else None,
-                rewards=None if reward is None else to_numpy(self._layout.read(places, items, (reward,))[reward]),
-                priorities=to_numpy(self.priorities) if items and isinstance(self.sampler, Prioritized) else None,
+                ends=self._layout.every_end(items) if self._layout.knows_ends else None,
+                rewards=None if self._reward is None else self._layout.every(self._reward, items),
+                priorities=to_numpy(self.sampler.priorities(some)) if isinstance(self.sampler, Prioritized) else None,
             )
 
     def stats(self) -> Stats:
         """How full the buffer is, how fast it is used, and what of: items, bytes, rates, episodes, priorities.
 
-        The rates are those since the last call. It looks at every item's flags, reward and priority.
+        The rates are those since the last call. It reads the flags and rewards of all items, and the priorities of
+        up to 65,536, spread evenly over all: with 1,000,000 items on the CPU that takes a few milliseconds.
         """
         return self._meter.read(self.counts())
 

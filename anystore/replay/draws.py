@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
-from anystore.convert import is_array
+from anystore.convert import is_array, to_numpy
 from anystore.replay.samplers import Sampler
 from anystore.replay.sum_tree import index_dtype
 from anystore.specs import as_dtype
@@ -69,9 +70,8 @@ class Draws:
             found = int(xp.sum(xp.astype(good, places.dtype), dtype=places.dtype))
             if found >= count:
                 self.doubled -= found >= 2 * count
-                first = xp.argsort(xp.astype(~good, places.dtype), stable=True)[:count]
-                return places if found == count == places.shape[0] else xp.take(places, first, axis=0)
-            # More at once, and not others for the bad ones, which would be of another number every time: a library that
+                return xp.take(places, self._backend.chosen(good)[:count], axis=0)
+            # More at once, and not others for the bad ones, whose number would never be the same: a library that
             # compiles does so for every shape.
             self.doubled += 1
         self.doubled = 0
@@ -79,7 +79,7 @@ class Draws:
 
     def every(self, count: int) -> Array:
         """All places below `count`."""
-        return self._backend.from_numpy(np.arange(count, dtype=self._dtype))
+        return self._as_places(np.arange(count))
 
     def _drawn(self, count: int, items: range) -> Array:
         places = self._sampler.draw(count, items)
@@ -101,33 +101,35 @@ class Draws:
 
     def _first_of_equals(self, places: Array) -> Array:
         """Whether each place is not there before."""
-        xp = self._backend.xp
-        order = xp.argsort(places, stable=True)
-        ordered = xp.take(places, order, axis=0)
-        new = xp.concat([xp.ones_like(ordered[:1], dtype=xp.bool), ordered[1:] != ordered[:-1]])
-        return xp.take(new, xp.argsort(order), axis=0)
+        _, first = np.unique(to_numpy(places), return_index=True)
+        new = np.zeros(places.shape[0], bool)
+        new[first] = True
+        return self._backend.from_numpy(new)
 
     def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
         """The same by a look at every item."""
-        xp, sampler = self._backend.xp, self._sampler
-        places = self.every(len(items))
-        chances = sampler.chances(places, items)
-        good = chances > 0 if chances is not None else places >= 0
-        good = good if usable is None else good & usable(places)
-        places = xp.nonzero(good)[0]
-        found = places.shape[0]
+        sampler = self._sampler
+        every = self.every(len(items))
+        chances = sampler.chances(every, items)
+        good = chances > 0 if chances is not None else every >= 0
+        places = np.flatnonzero(to_numpy(good if usable is None else good & usable(every)))
+        found = len(places)
         if found == 0:
             raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
         if sampler.distinct and count > found:
             raise ValueError(f"expected at most {found} draws without replacement, found {count}")
         if chances is None:
             drawn = self._random.permutation(found)[:count] if sampler.distinct else self._random.integers(found, count)
-            return xp.take(places, drawn, axis=0)
-        chances = xp.take(chances, places, axis=0)
+            return self._as_places(places[to_numpy(drawn)])
+        chances = to_numpy(chances)[places].astype(np.float64)
         if sampler.distinct:
             # Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006).
-            keys = xp.log(self._random.uniform(found)) / chances
-            return xp.take(places, xp.argsort(keys, descending=True)[:count], axis=0)
-        sums = xp.cumulative_sum(chances)
-        drawn = xp.searchsorted(sums, self._random.uniform(count) * sums[-1], side="right")
-        return xp.take(places, xp.minimum(drawn, xp.full_like(drawn, found - 1)), axis=0)
+            with np.errstate(divide="ignore"):  # of a draw that is 0
+                keys = np.log(to_numpy(self._random.uniform(found))) / chances
+            return self._as_places(places[np.argsort(-keys)[:count]])
+        sums = np.cumsum(chances)
+        drawn = np.searchsorted(sums, to_numpy(self._random.uniform(count)) * sums[-1], side="right")
+        return self._as_places(places[np.minimum(drawn, found - 1)])
+
+    def _as_places(self, places: NDArray[np.intp]) -> Array:
+        return self._backend.from_numpy(places.astype(self._dtype))

@@ -227,7 +227,7 @@ class Prioritized(Sampler):
         self._waiting = range(0)
 
     def _rows(self, items: range) -> Array:
-        rows = np.arange(items.start, items.stop) % self.capacity
+        rows = np.arange(items.start, items.stop, items.step) % self.capacity
         return self.backend.from_numpy(rows.astype(index_dtype(self.backend)))
 
     def _numbers(self, items: range) -> Array:

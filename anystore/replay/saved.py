@@ -15,6 +15,7 @@ from anystore.convert import to_numpy
 from anystore.nests import Nest
 from anystore.replay.lanes import DISTANCES
 from anystore.replay.samplers import Prioritized, Recent, Sampler, Uniform
+from anystore.replay.stats import Meter
 from anystore.snapshot import Snapshot, SnapshotError, save_snapshot
 from anystore.snapshot.described import describe, rebuild
 from anystore.snapshot.manifest import MANIFEST
@@ -222,6 +223,7 @@ class _State:
         if state["random"]["kind"] == buffer._random.kind:
             buffer._random.restore(state["random"])
         buffer._sampled = int(state["sampled"])
+        buffer._meter = Meter(buffer.total_added, buffer._sampled)
         buffer._draws.doubled = min(max(int(state["doubled"]), 0), 8)
 
 

@@ -20,8 +20,9 @@ from anystore.backends.base import Array
 from anystore.convert import to_numpy
 from anystore.nests import Nest, label
 from anystore.replay.lanes import Lanes
-from anystore.replay.layouts import Plain, rows_of, write_run
+from anystore.replay.layouts import Plain, in_order, rows_of, write_run
 from anystore.replay.ring import Ring
+from anystore.replay.sum_tree import index_dtype
 from anystore.rows import KnownRows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
@@ -292,6 +293,15 @@ class Shared(Plain):
 
     def ends(self, places: Array, items: range) -> Array:
         return self._marks("ends", places, items)
+
+    def every_end(self, items: range) -> NDArray[Any]:
+        return in_order(self._select("marks", "ends").buffers, items)
+
+    def every(self, path: str, items: range) -> NDArray[Any]:
+        if path in self._kept_whole:
+            return in_order(self._select("items", path).buffers, items)
+        places = self._backend.from_numpy(np.arange(len(items), dtype=index_dtype(self._backend)))
+        return to_numpy(self.read(places, items, (path,))[path])
 
     def whole(self, places: Array, items: range) -> Array:
         _, depth, begins = self._older(places, items)

@@ -1,9 +1,9 @@
 """What a buffer holds and how fast it is used, for people to look at while an agent trains.
 
 A buffer has two methods for it. ``counts()`` takes a `Counts` under the buffer's lock: plain numbers, and the columns
-that the rest is worked out from, as copies in main memory, oldest item first (`in_order` makes one). ``stats()`` has a
-`Meter` of the buffer's own make `Stats` of them: ``return self._meter.read(self.counts())``. Nothing is counted while
-items are added and sampled but how many they are.
+that the rest is worked out from, as copies in main memory, oldest item first. ``stats()`` has a `Meter` of the buffer's
+own make `Stats` of them: ``return self._meter.read(self.counts())``. Nothing is counted while items are added and
+sampled but how many they are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anystore.backends.base import Array
-from anystore.convert import to_numpy
-
-__all__ = ["Counts", "Meter", "Spread", "Stats", "in_order", "live_stats"]
+__all__ = ["Counts", "Meter", "Spread", "Stats", "live_stats"]
 
 _NEWEST = 100
 """The means are of so many episodes, the newest."""
@@ -200,13 +197,6 @@ class Meter:
         )
 
 
-def in_order(column: Array, items: range) -> NDArray[Any]:
-    """A copy in main memory of what a buffer of all rows has for these items, the running numbers, oldest first."""
-    rows, start = to_numpy(column), items.start % column.shape[0]
-    last = rows[start : start + len(items)]
-    return np.concatenate([last, rows[: len(items) - len(last)]])
-
-
 def _episodes(counts: Counts) -> tuple[int | None, float | None, float | None]:
     """How many episodes ended with an item that is there, and the mean length and return of the newest of them."""
     if counts.ends is None:
@@ -214,7 +204,8 @@ def _episodes(counts: Counts) -> tuple[int | None, float | None, float | None]:
     ended = int(np.count_nonzero(counts.ends))
     if counts.lanes is None:
         return ended, None, None
-    lane, last = np.nonzero(_by_lane(counts.ends, counts.first, counts.lanes))
+    by_lane = _by_lane(counts.ends, counts.first, counts.lanes)
+    lane, last = np.divmod(np.flatnonzero(by_lane), max(by_lane.shape[1], 1))
     oldest = np.diff(lane, prepend=-1) != 0  # the first one that ended in its lane, of which items may be gone
     begin = np.where(oldest, 0, np.roll(last, 1) + 1)
     whole = np.flatnonzero(~oldest | (counts.first == 0))
@@ -252,6 +243,8 @@ def live_stats(
 ) -> Iterator[None]:
     """A line in the terminal on how full a buffer is and how fast it is used, for as long as the ``with`` lasts.
 
+    What stays there at the end has the rates of all that time.
+
     Parameters
     ----------
     buffer : ReplayBuffer
@@ -270,17 +263,23 @@ def live_stats(
     """
     live, progress_bar, table = _import_rich("live", "progress_bar", "table")
     start = buffer.counts()
-    meter = Meter(start.total_added, start.total_sampled, clock=clock)
+    recent, overall = (Meter(start.total_added, start.total_sampled, clock=clock) for _ in range(2))
+    last: Stats | None = None
 
     def line() -> Any:
-        stats = meter.read(buffer.counts())
+        stats = last or recent.read(buffer.counts())
         grid = table.Table.grid(padding=(0, 1))
         grid.add_row(progress_bar.ProgressBar(stats.capacity, stats.size, width=20), stats.line)
         return grid
 
     with live.Live(get_renderable=line, refresh_per_second=refresh_per_second, console=console) as shown:
         shown.refresh()
-        yield
+        try:
+            yield
+        finally:
+            last = overall.read(buffer.counts())
+    if not shown.console.is_terminal:
+        shown.console.line()
 
 
 def _import_rich(*modules: str) -> list[Any]:
