@@ -63,19 +63,25 @@ def admit(
     OverflowError
         For a Python int that does not fit its dtype.
     """
-    if all(_is_right(value, spec, lead) for value, spec in zip(values, specs)):
-        return [backend.bring(value, spec.dtype) for value, spec in zip(values, specs)]
-    leaves = [_describe(value, spec, path) for value, spec, path in zip(values, specs, paths)]
-    for leaf in leaves:
+    leaves = [
+        None if _is_right(value, spec, lead) else _describe(value, spec, path)
+        for value, spec, path in zip(values, specs, paths)
+    ]
+    others = [leaf for leaf in leaves if leaf is not None]
+    for leaf in others:
         _check_shape(leaf, lead)
-    for leaf in leaves:
+    for leaf in others:
         _check_dtype(leaf, casting)
-    return [_brought(leaf, backend) for leaf in leaves]
+    return [
+        backend.bring(value, spec.dtype) if leaf is None else _brought(leaf, backend)
+        for value, spec, leaf in zip(values, specs, leaves)
+    ]
 
 
 def _is_right(value: Any, spec: ArraySpec, lead: tuple[int, ...]) -> bool:
     """Whether a value is plainly an array that needs no more than to be brought to the backend."""
-    return type(value) is np.ndarray and value.dtype == spec.dtype and value.shape == lead + spec.shape
+    is_plain = type(value) is np.ndarray or isinstance(value, np.generic)
+    return is_plain and value.dtype == spec.dtype and value.shape == lead + spec.shape
 
 
 def _brought(leaf: _Leaf, backend: Backend) -> Any:

@@ -75,9 +75,11 @@ def calls_in(seconds: float, call: Callable[[int], object]) -> int:
         count *= 4
 
 
-def time_in_turn(calls: dict[str, Callable[[int], object]], rounds: int = ROUNDS) -> dict[str, Figures]:
+def time_in_turn(
+    calls: dict[str, Callable[[int], object]], rounds: int = ROUNDS, seconds: float = SECONDS
+) -> dict[str, Figures]:
     """Microseconds a call of each subject: median, and quartiles."""
-    counts = {name: calls_in(SECONDS, call) for name, call in calls.items()}
+    counts = {name: calls_in(seconds, call) for name, call in calls.items()}
     took: dict[str, list[float]] = {name: [] for name in calls}
     for each in range(rounds):
         for name, call in calls.items():

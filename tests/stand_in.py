@@ -38,6 +38,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.device = 0
+        self.outer: list[int] = []
         self.streams: list[list[Stream]] = [[], []]
 
 
@@ -54,15 +55,14 @@ class Device:
 
     def __init__(self, number: int | None = None) -> None:
         self.id = _here.device if number is None else number
-        self._outer: list[int] = []
 
     def __enter__(self) -> Device:
-        self._outer.append(_here.device)
+        _here.outer.append(_here.device)
         _here.device = self.id
         return self
 
     def __exit__(self, *error: object) -> None:
-        _here.device = self._outer.pop()
+        _here.device = _here.outer.pop()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and other.id == self.id

@@ -155,4 +155,4 @@ class TestCupy(on.OnCupy, ThreadsContract):
 
 
 class TestCupyOnAStandIn(on.OnACupyStandIn, ThreadsContract):
-    rounds = 15
+    rounds = 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +63,8 @@ class Draws:
             return sampler.draw(count, items)
         if sampler.distinct and 2 * count > len(items):
             return self._draw_exactly(count, items, usable)
+        places = self._drawn(count << self.doubled, items)
         for _ in range(_ROUNDS):
-            places = self._drawn(count << self.doubled, items)
             if usable is None and not sampler.distinct and self._backend.inside(places, len(items)):
                 return places[:count]
             good = self._good(places, items, usable)
@@ -71,11 +72,13 @@ class Draws:
             if found >= count:
                 self.doubled -= found >= 2 * count
                 return xp.take(places, self._backend.chosen(good)[:count], axis=0)
-            # More at once, and not others for the bad ones, whose number would never be the same: a library that
-            # compiles does so for every shape.
+            # As many again behind those that there are, and not just as many as are missing, whose number would never
+            # be the same: a library that compiles does so for every shape.
             self.doubled += 1
+            places = xp.concat([places, self._drawn(places.shape[0], items)])
         self.doubled = 0
-        return self._draw_exactly(count, items, usable)
+        good = to_numpy(self._good(places, items, usable))
+        return self._draw_exactly(count, items, usable, to_numpy(places)[good])
 
     def every(self, count: int) -> Array:
         """All places below `count`."""
@@ -106,30 +109,41 @@ class Draws:
         new[first] = True
         return self._backend.from_numpy(new)
 
-    def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
-        """The same by a look at every item."""
-        sampler = self._sampler
+    def _draw_exactly(
+        self, count: int, items: range, usable: Usable | None, drawn: NDArray[Any] | None = None
+    ) -> Array:
+        """The same by a look at every item, behind those that are drawn already."""
+        drawn = np.empty(0, np.intp) if drawn is None else drawn
         every = self.every(len(items))
-        chances = sampler.chances(every, items)
-        good = chances > 0 if chances is not None else every >= 0
-        places = np.flatnonzero(to_numpy(good if usable is None else good & usable(every)))
-        found = len(places)
-        if found == 0:
+        chances = self._sampler.chances(every, items)
+        good = to_numpy(chances > 0 if chances is not None else every >= 0).copy()
+        if usable is not None:
+            good &= to_numpy(usable(every))
+        if self._sampler.distinct:
+            good[drawn] = False
+        places, missing = np.flatnonzero(good), count - len(drawn)
+        if len(places) + len(drawn) == 0:
             raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
-        if sampler.distinct and count > found:
-            raise ValueError(f"expected at most {found} draws without replacement, found {count}")
+        if self._sampler.distinct and missing > len(places):
+            there = len(places) + len(drawn)
+            raise ValueError(f"expected at most {there} draws without replacement, found {count}")
+        chosen = self._chosen(len(places), missing, None if chances is None else to_numpy(chances)[places])
+        return self._as_places(np.append(drawn, places[chosen]))
+
+    def _chosen(self, length: int, count: int, chances: NDArray[Any] | None) -> NDArray[np.intp]:
+        """`count` positions below `length`, by their chances."""
         if chances is None:
-            drawn = self._random.permutation(found)[:count] if sampler.distinct else self._random.integers(found, count)
-            return self._as_places(places[to_numpy(drawn)])
-        chances = to_numpy(chances)[places].astype(np.float64)
-        if sampler.distinct:
+            drawn = self._random.permutation(length) if self._sampler.distinct else self._random.integers(length, count)
+            return np.asarray(to_numpy(drawn)[:count], np.intp)
+        if self._sampler.distinct:
             # Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006).
             with np.errstate(divide="ignore"):  # of a draw that is 0
-                keys = np.log(to_numpy(self._random.uniform(found))) / chances
-            return self._as_places(places[np.argsort(-keys)[:count]])
-        sums = np.cumsum(chances)
+                keys = np.log(to_numpy(self._random.uniform(length))) / chances
+            heaviest: NDArray[np.intp] = np.argsort(-keys)[:count]
+            return heaviest
+        sums = np.cumsum(chances, dtype=np.float64)
         drawn = np.searchsorted(sums, to_numpy(self._random.uniform(count)) * sums[-1], side="right")
-        return self._as_places(places[np.minimum(drawn, found - 1)])
+        return np.asarray(np.minimum(drawn, length - 1), np.intp)
 
     def _as_places(self, places: NDArray[np.intp]) -> Array:
         return self._backend.from_numpy(places.astype(self._dtype))

@@ -18,6 +18,7 @@ from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, children, label, map_leaves
 from anystore.replay.buffer import ReplayBuffer
 from anystore.specs import ArraySpec, as_dtype, kind_of, understand
+from anystore.values import Casting
 
 __all__ = ["Recorder", "transition_spec"]
 
@@ -105,6 +106,8 @@ class Recorder:
 
     Attributes
     ----------
+    autoreset : str
+        When the environments are reset.
     episodes : int
         How many episodes were recorded to their end.
     returns, lengths : deque of float, deque of int
@@ -155,6 +158,7 @@ class Recorder:
                 f"expected a buffer of {count or 1} lane(s), one for each environment, found {buffer.lanes}; "
                 f"make it with ReplayBuffer(..., lanes={count or 1})"
             )
+        self._casting = buffer.storage.casting
         spec = buffer.data_spec
         self._nest = Nest(spec)
         self._make: Any = dict if isinstance(spec, Mapping) else type(spec)
@@ -163,6 +167,7 @@ class Recorder:
         self._check_spec(env)
         self._nest_of_obs = Nest(self._parts["obs"])
         self._obs: Any = None
+        self._all = np.arange(buffer.lanes)
         self._running = np.zeros(buffer.lanes, bool)
         self._return = np.zeros((buffer.lanes, *getattr(self._parts.get("reward"), "shape", ())))
         self._length = np.zeros(buffer.lanes, int)
@@ -184,11 +189,10 @@ class Recorder:
         found = dict(zip(self._nest.paths, self._nest.specs))
         for path, spec in zip(of_spaces.paths, of_spaces.specs):
             other = found.pop(path, None)
-            casting = self.buffer.storage.casting
-            if other is None or other.shape != spec.shape or not np.can_cast(spec.dtype, other.dtype, casting):
+            if other is None or other.shape != spec.shape or not np.can_cast(spec.dtype, other.dtype, self._casting):
                 raise ValueError(
                     f"{label(path)}: expected {spec}, as the space of the environment has it, or a dtype that "
-                    f"casting={casting!r} makes of it, found {other or 'no such leaf'}; {advice}"
+                    f"casting={self._casting!r} makes of it, found {other or 'no such leaf'}; {advice}"
                 )
         for path in found:
             if path.partition("/")[0] in spaces:
@@ -285,7 +289,7 @@ class Recorder:
         """The lanes that the user named, as integers."""
         count = len(self._running)
         if lanes is None:
-            return np.arange(count)
+            return self._all
         named = np.asarray(lanes)
         if named.dtype == np.bool_ and named.shape == (count,):
             return np.flatnonzero(named)
@@ -315,20 +319,20 @@ class Recorder:
                 f"an episode of {over} is over, and nothing resets it; call env.reset, and this recorder's reset with "
                 f"what that returned{', and lanes=' if self._lead else ''}"
             )
-        return np.flatnonzero(self._running)
+        return self._all if self._running.all() else np.flatnonzero(self._running)
 
     def _following(self, leaves: list[Any], ended: NDArray[np.bool_], info: Any) -> list[Any]:
         """What was observed after the step, with final observations in the place of those that begin an episode."""
         lanes = np.flatnonzero(ended)
-        if not lanes.size or "next_obs" not in self._parts:
+        if not lanes.size or not self._lead:
             return leaves
         final = info.get("final_obs") if isinstance(info, Mapping) else None
-        if self.autoreset != "same_step":
-            if final is not None and self._lead:
-                raise ValueError(
-                    f"autoreset is {self.autoreset!r}, yet the infos hold final_obs, as where an environment is reset "
-                    'within the same step; if so, pass autoreset="same_step"'
-                )
+        if final is not None and self.autoreset != "same_step":
+            raise ValueError(
+                f"autoreset is {self.autoreset!r}, yet the infos hold final_obs, as where an environment is reset "
+                'within the same step; if so, pass autoreset="same_step"'
+            )
+        if self.autoreset != "same_step" or "next_obs" not in self._parts:
             return leaves
         rows = [self._nest_of_obs.flatten(self._final(final, info, lane)) for lane in lanes.tolist()]
         return [_with_rows(leaf, lanes, finals) for leaf, finals in zip(leaves, zip(*rows))]
@@ -349,28 +353,35 @@ class Recorder:
         return self._nest_of_obs.pack([leaf[lane, ...] for leaf in self._nest_of_obs.flatten(final)])
 
     def _add(self, item: Any, live: NDArray[np.intp]) -> None:
+        """Write a step of those environments that live, all or none of them."""
+        leaves = [
+            _cast(leaf, spec.dtype, self._casting) for leaf, spec in zip(self._nest.flatten(item), self._nest.specs)
+        ]
         if not self._lead:
             if live.size:
-                self.buffer.add(item)
+                self.buffer.add(self._nest.pack(leaves))
             return
-        leaves = self._nest.flatten(item)
         for path, leaf in zip(self._nest.paths, leaves):
             if _shape(leaf)[:1] != self._lead:
                 raise ValueError(
                     f"{label(path)}: expected {self._lead[0]} in front, one for each environment, "
                     f"found shape {_shape(leaf)}"
                 )
-        if live.size == self._lead[0]:
-            self.buffer.extend(item)
+        if live is self._all:
+            self.buffer.extend(self._nest.pack(leaves))
         elif live.size:
             self.buffer.extend(self._nest.pack([_rows(leaf, live) for leaf in leaves]), lanes=live)
 
     def _count(self, reward: NDArray[Any], ended: NDArray[np.bool_], live: NDArray[np.intp]) -> None:
         """Go on to where the environments are now."""
-        self._return[live] += reward[live]
-        self._length[live] += 1
-        self._running[:] = True
-        for lane in live[ended[live]].tolist():
+        if live is self._all:
+            self._return += reward
+            self._length += 1
+        else:
+            self._return[live] += reward[live]
+            self._length[live] += 1
+            self._running[:] = True
+        for lane in live[ended[live]].tolist() if ended.any() else ():
             self.episodes += 1
             self.returns.append(self._return[lane].tolist())
             self.lengths.append(int(self._length[lane]))
@@ -441,6 +452,13 @@ def _copy(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray) or not is_array(leaf):
         return np.array(leaf)
     return leaf if isinstance(leaf, np.generic) else array_namespace(leaf).asarray(leaf, copy=True)
+
+
+def _cast(leaf: Any, dtype: np.dtype[Any], casting: Casting) -> Any:
+    """What a storage makes of a NumPy leaf, where that is allowed: it takes leaves of its own dtypes at once."""
+    if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype == dtype:
+        return leaf
+    return leaf.astype(dtype) if np.can_cast(leaf.dtype, dtype, casting) else leaf
 
 
 def _rows(leaf: Any, lanes: NDArray[np.intp]) -> Array:

@@ -145,12 +145,13 @@ class Lanes:
     def _keep_distances(self) -> None:
         """From now on; the items that are there were all written in step."""
         self._newest = self.newest().copy()
-        self._distances = Storage(DISTANCES, self._ring.capacity, backend=self._backend)
+        distances = Storage(DISTANCES, self._ring.capacity, backend=self._backend)
+        self._keep(distances)
         items = np.asarray(self._ring.items)
         ahead = np.where(items + self.count < self._ring.total, self.count, 0)
         if items.size:
             values = {"ahead": ahead, "behind": np.full(items.size, self.count)}
-            self._distances.set(items % self._ring.capacity, {k: v.astype(np.int32) for k, v in values.items()})
+            distances.set(items % self._ring.capacity, {k: v.astype(np.int32) for k, v in values.items()})
 
     def _note(self, numbers: NDArray[np.int64], lanes: NDArray[np.intp]) -> None:
         """One item of each of these lanes, of these numbers."""
@@ -161,7 +162,7 @@ class Lanes:
         self._distances.set(numbers % capacity, {"ahead": np.zeros_like(distance), "behind": distance})
         # For items without a previous one their own 0 once more: always one shape, for libraries that compile.
         rows = np.where(linked, previous, numbers) % capacity
-        self._distances.select("ahead").set(rows, distance)
+        self._ahead.set(rows, distance)
         self._newest[lanes] = numbers
 
     def state(self) -> dict[str, Any]:
@@ -171,7 +172,12 @@ class Lanes:
     def restore(self, state: dict[str, Any], distances: Storage | None) -> None:
         """Be as the lanes were that `state` is of."""
         self._newest = np.asarray(state["newest"], np.int64)
+        if distances is not None:
+            self._keep(distances)
+
+    def _keep(self, distances: Storage) -> None:
         self._distances = distances
+        self._ahead = distances.select("ahead")
 
     @property
     def distances(self) -> Storage | None:
