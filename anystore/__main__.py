@@ -1,4 +1,4 @@
-"""The command line: what is there, and what a storage would take."""
+"""The command line: what is there, what a storage would take, and what a snapshot holds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import anystore
 from anystore import ArraySpec, BackendInfo, Storage, available_backends, plan
 from anystore.convert import to_numpy
+from anystore.snapshot.report import as_text, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0, or 1 if a usable backend failed its round trip, or 2 for a spec that is none.
+        The exit status: 0, or 1 if a usable backend failed its round trip or a snapshot is damaged or none, or 2 for
+        a spec that is none.
     """
     parser = argparse.ArgumentParser(prog="python -m anystore", description="Show the backends that are there.")
     commands = parser.add_subparsers(dest="command")
@@ -39,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "or the id of a Gymnasium environment, for its transitions",
     )
     planner.add_argument("capacity", type=_capacity, help="the number of rows, such as 1_000_000")
+    inspector = commands.add_parser("inspect", help="print what a snapshot or a memory-mapped storage holds")
+    inspector.add_argument("path", help="the directory")
+    inspector.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
+    inspector.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
+    if options.command == "inspect":
+        return _inspect(options.path, options.verify, options.json)
     if options.command == "plan":
         return _show_plan(options.spec, options.capacity)
     return _show_backends()
@@ -86,6 +94,18 @@ def _show_plan(text: str, capacity: int) -> int:
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"anystore plan: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _inspect(path: str, verify: bool, as_json: bool) -> int:
+    try:
+        found = report(path, verify)
+    except (OSError, ValueError) as error:
+        if as_json:
+            print(json.dumps({"path": path, "error": str(error)}))
+        print(f"anystore inspect: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found) if as_json else as_text(found))
     return 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ from anystore.rows import Rows, find_rows, leading_shape
 from anystore.values import CASTINGS, Casting, admit
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anystore.mapped import Mapped
     from anystore.snapshot.changes import Changes
 
 __all__ = ["Storage"]
@@ -40,9 +45,16 @@ class Storage:
         Where the buffers live; see `select_backend`.
     casting : {"no", "equiv", "safe", "same_kind", "unsafe"}, default "same_kind"
         Which dtypes `set` converts to that of the spec, in NumPy's words and by its rules.
+    directory : path, optional
+        Where to keep the buffers in memory-mapped files, on the backend "numpy" alone. They are made if they are not
+        there, and else opened, with nothing to read. On ``/dev/shm`` they are memory that processes share.
+    mode : {"r+", "r"}, default "r+"
+        Whether such files can be written to. Those who read see what others write, at once.
 
     Raises
     ------
+    SnapshotError
+        If there is something else in the directory, or a storage of another spec or capacity, or a damaged one.
     ValueError
         If a leaf is not a spec, or of a dtype that the library lacks (with its path); if the capacity is not positive;
         if there is no such backend or device.
@@ -64,8 +76,14 @@ class Storage:
 
     Rows that were never written hold zeros. On the CPU their memory is not committed (JAX commits it).
 
-    Any number of threads may read at once. Writing, resizing and unpickling need a lock of the caller's own against
-    both reading and writing.
+    Any number of threads may read at once. Writing, resizing, saving and unpickling need a lock of the caller's own
+    against writing, and writing and resizing one against reading. So do the processes that share a memory-mapped
+    storage: a reader without a lock may find a row half written.
+
+    The files of a memory-mapped storage take room on the disk as rows are written, and a process that writes a row
+    when the disk is full is ended by the system (SIGBUS). After the machine has stopped, what was not flushed may be
+    there in part, whereas a snapshot (`save`) is whole. Others who have it open see it in its old size after a
+    `resize`, until they open it anew.
 
     The storage began as a reimplementation of ``tf_agents.utils.numpy_storage.NumpyStorage``.
 
@@ -87,11 +105,13 @@ class Storage:
         backend: Any = "numpy",
         device: Any = None,
         casting: Casting = "same_kind",
+        directory: str | os.PathLike[str] | None = None,
+        mode: Literal["r+", "r"] = "r+",
     ) -> None:
         if casting not in CASTINGS:
             raise ValueError(f"expected a casting among {', '.join(CASTINGS)}, found {casting!r}")
         self._attach(Nest(data_spec), as_capacity(capacity), select_backend(backend, device), casting)
-        self._buffers = self._allocate(self._capacity)
+        self._buffers = self._allocate(self._capacity) if directory is None else self._map(directory, mode)
 
     @classmethod
     def like(cls, item: Any, capacity: int, **options: Any) -> Storage:
@@ -108,6 +128,23 @@ class Storage:
         """
         return cls(example_spec(item), capacity, **options)
 
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str], *, mode: Literal["r+", "r"] = "r+") -> Storage:
+        """The memory-mapped storage in a directory, of the spec and capacity that it was made with.
+
+        Classes of the user's own in the spec come back as `load` gives them.
+
+        Raises
+        ------
+        SnapshotError
+            If there is none, or a file of it is damaged or missing.
+        """
+        from anystore.mapped import mapped_entry
+
+        entry = mapped_entry(directory)
+        options: Any = {"casting": entry.casting, "directory": directory, "mode": mode}
+        return cls(entry.nest.data_spec, entry.capacity, **options)
+
     def _attach(self, nest: Nest, capacity: int, backend: Backend, casting: Casting) -> None:
         """Everything but the buffers."""
         self._nest = nest
@@ -120,10 +157,21 @@ class Storage:
                 self._dtypes.append(backend.native_dtype(spec.dtype))
             except ValueError as error:
                 raise ValueError(f"{label(path)}: {error}") from None
+        self._mapped: Mapped | None = None
         self._changes: Changes | None = None
         self._lent = _Lent()
         self._selections: weakref.WeakSet[Storage] = weakref.WeakSet()
         self._selected_from: tuple[Storage, list[int]] | None = None
+
+    def _map(self, directory: str | os.PathLike[str], mode: str) -> list[Any]:
+        if self._backend.name != "numpy":
+            raise ValueError(f"a storage with a directory is of the backend 'numpy', not of {self._backend.name!r}")
+        from anystore.mapped import Mapped
+        from anystore.snapshot.writer import storage_entry
+
+        self._mapped = Mapped(directory, mode, storage_entry(self), self._nest)
+        self._lent.ever = True  # to other processes, whose writes are seen here too
+        return self._backend.together(self._mapped.buffers)
 
     def _allocate(self, capacity: int) -> list[Any]:
         needed, free = self._plan(capacity).nbytes, self._backend.free_memory()
@@ -353,6 +401,24 @@ class Storage:
             for selection in self._selections:
                 selection._changes = changes
 
+    @property
+    def directory(self) -> Path | None:
+        """Where the files of the buffers are, of a memory-mapped storage."""
+        return None if self._mapped is None else self._mapped.directory
+
+    def flush(self) -> None:
+        """Wait until what was written to a memory-mapped storage is on the disk; does nothing for one in memory.
+
+        Other processes see what was written without it.
+
+        Raises
+        ------
+        OSError
+            If the disk is full or fails.
+        """
+        if self._mapped is not None:
+            self._mapped.flush()
+
     def __len__(self) -> int:
         return self._capacity
 
@@ -388,7 +454,7 @@ class Storage:
         selection = Storage.__new__(Storage)
         selection._attach(Nest(data_spec), self._capacity, self._backend, self._casting)
         selection._buffers = self._backend.together([self._buffers[position] for position in positions])
-        selection._changes, selection._lent = self._changes, self._lent
+        selection._changes, selection._lent, selection._mapped = self._changes, self._lent, self._mapped
         selection._selected_from = root, [within[position] for position in positions]
         root._selections.add(selection)
         return selection
@@ -410,16 +476,23 @@ class Storage:
             raise ValueError("a selection has the capacity of the storage it was selected from; resize that one")
         capacity = as_capacity(capacity)
         kept = range(min(capacity, self._capacity))
-        buffers = self._allocate(capacity)
-        self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
+        with self._new_buffers(capacity) as buffers:
+            self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
         self._buffers, self._capacity = buffers, capacity
-        self._lent = _Lent()
+        self._lent = _Lent(self._mapped is not None)
         self._track(None)
         for selection in self._selections:
             _, positions = selection._selected_from  # type: ignore[misc]
             selection._buffers = self._backend.together([buffers[position] for position in positions])
             selection._capacity = capacity
             selection._lent = self._lent
+
+    def _new_buffers(self, capacity: int) -> contextlib.AbstractContextManager[list[Any]]:
+        if self._mapped is None:
+            return contextlib.nullcontext(self._allocate(capacity))
+        from anystore.snapshot.writer import storage_entry
+
+        return self._mapped.replaced(dataclasses.replace(storage_entry(self), capacity=capacity))
 
     def _plan(self, capacity: int) -> Plan:
         return Plan(capacity, dict(zip(self._nest.paths, self._nest.specs)))
@@ -448,8 +521,8 @@ class _Lent:
 
     __slots__ = ("ever",)
 
-    def __init__(self) -> None:
-        self.ever = False
+    def __init__(self, ever: bool = False) -> None:
+        self.ever = ever
 
 
 def _no_view(backend: Backend, rows: Rows) -> str:

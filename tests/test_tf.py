@@ -666,6 +666,28 @@ def test_a_checkpoint_manager_keeps_a_storage(tmp_path: Path) -> None:
     assert_same(storage.get(...), batch(np.full(CAPACITY, 77)))
 
 
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_checkpoint_leads_to_a_snapshot_and_back(backend: str, tmp_path: Path) -> None:
+    prefix = saved(tmp_path / "checkpoint", storage=filled())
+    store = NumpyStorage(SPEC, CAPACITY, backend=backend, device="cpu")
+    tf.train.Checkpoint(storage=store).read(prefix).assert_consumed()
+    store.storage.save(tmp_path / "snapshot")
+
+    back = NumpyStorage(SPEC, CAPACITY)
+    back.set(..., anystore.load(tmp_path / "snapshot").get(..., copy=None))
+    assert contents(saved(tmp_path / "again", storage=back)) == contents(prefix)
+
+
+def test_a_restore_is_no_write_that_a_snapshot_misses(tmp_path: Path) -> None:
+    store = filled()
+    prefix = saved(tmp_path / "checkpoint", storage=store)
+    store.set(..., batch(77))
+    store.storage.save(tmp_path / "snapshot")
+    tf.train.Checkpoint(storage=store).read(prefix).assert_consumed()
+    store.storage.save(tmp_path / "snapshot")
+    assert_same(anystore.load(tmp_path / "snapshot", like=SPEC).get(...), batch(np.arange(CAPACITY)))
+
+
 # NumpyState ---------------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ class Recorder:
                 _with_rows(old, chosen, [new[lane, ...] for lane in chosen.tolist()])
                 for old, new in zip(self._obs, leaves)
             ]
-        broken = chosen[self._running[chosen] & (self._length[chosen] > 0)]
+        broken = chosen[self._length[chosen] > 0]
         if broken.size:
             self.buffer.end_episode(broken)
         self._obs = [_copy(leaf) for leaf in leaves]

@@ -6,10 +6,13 @@ header is the one way to write its dtype and shape down, so that a reader, who k
 
 from __future__ import annotations
 
+import collections
+import functools
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,28 @@ from anystore.snapshot import files
 from anystore.snapshot.files import SnapshotError
 from anystore.specs import is_extension
 
-__all__ = ["PIECE", "ROWS", "NpyFile", "as_bytes", "header", "rows_at_a_time", "stored_dtype", "write_npy"]
+__all__ = [
+    "AHEAD",
+    "PIECE",
+    "ROWS",
+    "THREADS",
+    "NpyFile",
+    "as_bytes",
+    "combined",
+    "header",
+    "rows_at_a_time",
+    "stored_dtype",
+    "write_npy",
+]
 
 PIECE = 1 << 22
 """The bytes that are on the way at a time, unless a single row has more."""
 ROWS = 1 << 18
 """The rows that are on the way at a time."""
-_THREAD = 1 << 16
-"""The bytes from which on their checksum is worth a thread."""
+THREADS = 3
+"""That read and take checksums: what they do takes as long as the copy itself."""
+AHEAD = 6
+"""The pieces that may be worked on, besides the one that is looked at."""
 
 
 def stored_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -58,28 +75,57 @@ def rows_at_a_time(row_nbytes: int) -> int:
     return min(max(PIECE // max(row_nbytes, 1), 1), ROWS)
 
 
-class _Checksum:
-    """The CRC-32 of bytes that follow each other, taken in a thread while they are written or the next are read."""
+def combined(first: int, second: int, nbytes: int) -> int:
+    """The CRC-32 of some bytes and `nbytes` more behind them, from that of each of the two.
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
+    The bytes behind multiply the polynomial of the first by x to the power of their bits, modulo that of the CRC; bits
+    are in reverse order, so that 0x80000000 stands for 1.
+    """
+    return _product(first, _power(nbytes)) ^ second
+
+
+@functools.lru_cache(maxsize=64)
+def _power(nbytes: int) -> int:
+    """The power of x that is eight times `nbytes`."""
+    result, square = 0x80000000, 0x00800000
+    while nbytes:
+        if nbytes & 1:
+            result = _product(result, square)
+        square, nbytes = _product(square, square), nbytes >> 1
+    return result
+
+
+def _product(one: int, other: int) -> int:
+    product = 0
+    while one:
+        if one & 0x80000000:
+            product ^= other
+        one = one << 1 & 0xFFFFFFFF
+        other = other >> 1 ^ (0xEDB88320 if other & 1 else 0)
+    return product
+
+
+class _Ahead:
+    """The CRC-32 of bytes whose pieces are each worked on by a thread, so many of them at a time."""
+
+    def __init__(self, threads: ThreadPoolExecutor, lead: bytes) -> None:
+        self.value = zlib.crc32(lead)
         self._threads = threads
-        self._pending: Future[int] | None = None
-        self._value = 0
+        self._pending: collections.deque[tuple[Future[int], int]] = collections.deque()
 
-    def add(self, data: Any) -> None:
-        """Begin with more bytes, which must stay as they are until the next call."""
-        value = self.value()
-        if len(data) < _THREAD:
-            self._value = zlib.crc32(data, value)
-        else:
-            self._pending = self._threads.submit(zlib.crc32, data, value)
+    def add(self, work: Callable[[], int], nbytes: int) -> None:
+        """Begin with the next piece; `work` returns its CRC-32."""
+        self._pending.append((self._threads.submit(work), nbytes))
 
-    def value(self) -> int:
-        """That of all the bytes."""
-        if self._pending is not None:
-            self._value = self._pending.result()
-            self._pending = None
-        return self._value
+    def wait(self, most: int = 0) -> None:
+        """Wait until no more than so many pieces are being worked on."""
+        while len(self._pending) > most:
+            future, nbytes = self._pending.popleft()
+            self.value = combined(self.value, future.result(), nbytes)
+
+    def abandon(self) -> None:
+        """Wait until nothing is being worked on, whatever comes of it."""
+        futures.wait([future for future, _ in self._pending])
 
 
 def write_npy(
@@ -99,23 +145,23 @@ def write_npy(
     advance : callable
         Called with the number of bytes of each piece that was written.
     """
-    checksum = _Checksum(threads)
+    lead = header(shape, stored_dtype(dtype))
+    checksum = _Ahead(threads, lead)
     fd = files.create(path)
     try:
-        lead = header(shape, stored_dtype(dtype))
-        checksum.add(lead)
         files.write(fd, lead)
         for piece in pieces:
             data = as_bytes(piece)
-            checksum.add(data)
+            checksum.add(functools.partial(zlib.crc32, memoryview(data)), len(data))  # type: ignore[arg-type]
             files.write(fd, data)
-            value = checksum.value()  # before the memory of the piece may be used for the next
+            checksum.wait(AHEAD)
             advance(len(data))
         files.fsync(fd)
-        value = checksum.value()
+        checksum.wait()
     finally:
+        checksum.abandon()
         files.close(fd)
-    return value
+    return checksum.value
 
 
 class NpyFile:
@@ -173,7 +219,7 @@ class NpyFile:
     def pieces(
         self, threads: ThreadPoolExecutor, place: Callable[[range], NDArray[Any]] | None = None
     ) -> Iterator[tuple[range, NDArray[Any]]]:
-        """The rows in bounded pieces, and the values of each; a piece lives until the one after the next.
+        """The rows in bounded pieces, and the values of each; a piece lives until the next.
 
         Parameters
         ----------
@@ -185,47 +231,55 @@ class NpyFile:
         SnapshotError
             If the file is not as it was written; the checksum is known after the last piece.
         """
-        fd = files.open_regular(self.path)
+        fd, checksum = files.open_regular(self.path), _Ahead(threads, self._header)
         try:
             self._check(fd)
-            checksum, step = _Checksum(threads), rows_at_a_time(self.row_nbytes)
-            checksum.add(self._header)
-            os.lseek(fd, self.offset, os.SEEK_SET)
-            scratch = self._scratch(step)
+            step = rows_at_a_time(self.row_nbytes)
+            place = self._in_turns(step) if place is None else place
             stop = self.count if self.nbytes else 0  # however many rows of nothing there are
-            for turn, start in enumerate(range(0, stop, step)):
+            begun: collections.deque[tuple[range, NDArray[Any]]] = collections.deque()
+            for start in range(0, stop, step):
                 rows = range(start, min(start + step, stop))
-                piece = scratch[turn % 2][: len(rows)] if place is None else place(rows)
+                piece = place(rows)
                 data = as_bytes(piece)
-                self._fill(fd, data)
-                checksum.add(data)
-                yield rows, piece
-            self._compare(checksum.value())
+                checksum.add(functools.partial(self._fill, fd, rows, data), len(data))
+                begun.append((rows, piece))
+                if len(begun) > AHEAD:
+                    checksum.wait(AHEAD)
+                    yield begun.popleft()
+            while begun:
+                checksum.wait(len(begun) - 1)
+                yield begun.popleft()
+            self._compare(checksum.value)
         finally:
+            checksum.abandon()
             os.close(fd)
+
+    def _in_turns(self, step: int) -> Callable[[range], NDArray[Any]]:
+        """Memory for pieces: one that is looked at, and those that are read meanwhile."""
+        shape = (min(step, self.count), *self.shape[1:])
+        scratch = [np.empty(shape, self.dtype) for _ in range(min(AHEAD + 1, -(-self.count // step)))]
+        return lambda rows: scratch[rows.start // step % len(scratch)][: len(rows)]
 
     def read(self, rows: range) -> NDArray[Any]:
         """The values of a few rows; the checksum tells nothing of them."""
         array: NDArray[Any] = np.empty((len(rows), *self.shape[1:]), self.dtype)
         fd = files.open_regular(self.path)
         try:
-            os.lseek(fd, self.offset + rows.start * self.row_nbytes, os.SEEK_SET)
-            self._fill(fd, as_bytes(array))
+            self._fill(fd, rows, as_bytes(array))
         finally:
             os.close(fd)
         return array
 
-    def _scratch(self, step: int) -> list[NDArray[Any]]:
-        shape = (min(step, self.count), *self.shape[1:])
-        return [np.empty(shape, self.dtype) for _ in range(2)]
-
-    def _fill(self, fd: int, data: NDArray[np.uint8]) -> None:
-        view = memoryview(data)  # type: ignore[arg-type]  # which it takes
+    def _fill(self, fd: int, rows: range, data: NDArray[np.uint8]) -> int:
+        """Read rows into memory, and return the CRC-32 of their bytes."""
+        view, place = memoryview(data), self.offset + rows.start * self.row_nbytes  # type: ignore[arg-type]
         while view.nbytes:
-            count = os.readv(fd, [view])
+            count = os.preadv(fd, [view], place)
             if count == 0:
                 raise SnapshotError(f"{self.path}: ended while it was read")
-            view = view[count:]
+            view, place = view[count:], place + count
+        return zlib.crc32(data)  # type: ignore[arg-type]  # which it takes
 
     def _compare(self, found: int) -> None:
         if self.crc32 is not None and found != self.crc32:

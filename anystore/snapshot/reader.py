@@ -23,13 +23,13 @@ from anystore.snapshot.manifest import (
     kept_versions,
     read_manifest,
 )
-from anystore.snapshot.npy import NpyFile
+from anystore.snapshot.npy import THREADS, NpyFile
 from anystore.snapshot.progress import Callback, Progress
 
 if TYPE_CHECKING:
     from anystore.storage import Storage
 
-__all__ = ["Snapshot", "load"]
+__all__ = ["Snapshot", "fitting", "load"]
 
 _TRIES = 20
 """How often a load begins anew because a save has taken its files away."""
@@ -45,6 +45,7 @@ def load(
     device: Any = None,
     capacity: int | None = None,
     like: Any = None,
+    sampler: Any = None,
     version: int | None = None,
     progress: Callback | None = None,
 ) -> Any:
@@ -64,6 +65,9 @@ def load(
         What items are expected to look like: leaves of the same paths, shapes and dtypes. The items come back in its
         containers. Without it, those of a class of the user's own (namedtuple, dataclass, attrs class) come back as
         namedtuples of the same name and fields, since nothing that a file names is imported.
+    sampler : Sampler, optional
+        For a replay buffer whose sampler is of a class of the user's own: a new one of that class, which then takes up
+        the state of the one that was saved.
     version : int, optional
         An older version that was kept; by default the newest.
     progress : callable, optional
@@ -90,7 +94,7 @@ def load(
         snapshot = Snapshot(path, version)
         try:
             if snapshot.kind == "replay":
-                return _replay_buffer(snapshot, backend, device, capacity, like, progress)
+                return _replay_buffer(snapshot, backend, device, capacity, like, sampler, progress)
             return snapshot.storage(backend=backend, device=device, capacity=capacity, like=like, progress=progress)
         except FileNotFoundError as error:
             missing = error
@@ -100,9 +104,9 @@ def load(
 
 
 def _replay_buffer(snapshot: Snapshot, *options: Any) -> Any:
-    from anystore.replay import ReplayBuffer
+    from anystore.replay.saved import load_buffer
 
-    return ReplayBuffer._from_snapshot(snapshot, *options)
+    return load_buffer(snapshot, *options)
 
 
 class Snapshot:
@@ -192,7 +196,7 @@ class Snapshot:
             For the first one that is damaged, with its name.
         """
         self.check()
-        with Progress("verifying", self.nbytes, progress) as bar, ThreadPoolExecutor(1) as threads:
+        with Progress("verifying", self.nbytes, progress) as bar, ThreadPoolExecutor(THREADS) as threads:
             for file in self.files():
                 for _, piece in file.pieces(threads):
                     bar.advance(piece.nbytes)
@@ -211,7 +215,7 @@ class Snapshot:
             If one is damaged or missing, with the name of its file.
         """
         self.check()
-        with ThreadPoolExecutor(1) as threads:
+        with ThreadPoolExecutor(THREADS) as threads:
             return {name: _whole(file, threads) for name, file in self._arrays().items()}
 
     def storage(
@@ -232,8 +236,7 @@ class Snapshot:
         name : str, default "items"
             Which one; a storage that was saved by itself is "items".
         moved : callable, optional
-            Takes an array of rows as they were saved, and gives the row of each in the storage that is loaded, -1 for
-            those that are to go. By default those below the new capacity stay where they were.
+            As in `fill`.
         backend, device, capacity, like, progress
             As in `load`.
 
@@ -244,25 +247,57 @@ class Snapshot:
         """
         from anystore.storage import Storage
 
-        entry = self.manifest.storages.get(name)
-        if entry is None:
-            there = ", ".join(sorted(self.manifest.storages)) or "none"
-            raise SnapshotError(f"{self.path / MANIFEST}: expected a storage {name!r}, found {there}")
+        entry = self.entry(name)
+        nest = entry.nest if like is None else fitting(entry.nest, Nest(getattr(like, "data_spec", like)), self.path)
         self.check()
-        nest = _fitting(entry, like, self.path)
-        model = like if isinstance(like, Storage) else None
         if backend is None:
-            backend = "numpy" if model is None else model.backend
+            backend = like.backend if isinstance(like, Storage) else "numpy"
         capacity = entry.capacity if capacity is None else capacity
         storage = Storage(nest.data_spec, capacity, backend=backend, device=device, casting=entry.casting)
-        self._fill(storage, entry, moved, progress)
-        if moved is None and storage.capacity == entry.capacity and self.kind != "mapped":
-            storage._track(Changes(self.id, name, entry.capacity))
+        with Progress("loading", self.rows_nbytes(name), progress) as bar:
+            self.fill(storage, name, moved=moved, bar=bar)
         return storage
 
-    def _fill(self, storage: Storage, entry: StorageEntry, moved: Moved | None, progress: Callback | None) -> None:
-        total = sum(layer.count for layer in entry.layers) * entry.row_nbytes
-        with Progress("loading", total, progress) as bar, ThreadPoolExecutor(1) as threads:
+    def entry(self, name: str) -> StorageEntry:
+        """What the manifest says of one of its storages.
+
+        Raises
+        ------
+        SnapshotError
+            If it is not there.
+        """
+        entries: dict[str, StorageEntry] = self.manifest.storages
+        if name not in entries:
+            there = ", ".join(sorted(entries)) or "none"
+            raise SnapshotError(f"{self.path / MANIFEST}: expected a storage {name!r}, found {there}")
+        return entries[name]
+
+    def rows_nbytes(self, *names: str) -> int:
+        """The bytes of all rows of these storages that are to be read."""
+        entries = map(self.entry, names)
+        return sum(layer.count * entry.row_nbytes for entry in entries for layer in entry.layers)
+
+    def fill(self, storage: Storage, name: str, *, bar: Progress, moved: Moved | None = None) -> None:
+        """Read the rows of one of its storages into `storage`, which was not written to yet.
+
+        Parameters
+        ----------
+        storage : Storage
+            Of any backend and capacity, with leaves of the same paths, shapes and dtypes.
+        moved : callable, optional
+            Takes an array of rows as they were saved, and gives the row of each in `storage`, -1 for those that are
+            to go. By default those below its capacity stay where they were.
+        bar : Progress
+            Told of the bytes that were read.
+
+        Raises
+        ------
+        SnapshotError, FileNotFoundError
+            If a file is damaged or missing, or the storage is not there or does not fit.
+        """
+        entry = self.entry(name)
+        fitting(entry.nest, storage._nest, self.path)
+        with ThreadPoolExecutor(THREADS) as threads:
             for layer in entry.layers:
                 rows_of = self._rows(entry, layer, threads)
                 for path, file in self._leaves(entry, layer).items():
@@ -270,6 +305,8 @@ class Snapshot:
                     for piece, values in file.pieces(threads, target.place(layer)):
                         target.put(rows_of(piece), values)
                         bar.advance(values.nbytes)
+        if moved is None and storage.capacity == entry.capacity and self.kind != "mapped":
+            storage._track(Changes(self.id, name, entry.capacity))
 
     def _rows(self, entry: StorageEntry, layer: Layer, threads: ThreadPoolExecutor) -> Callable[[range], Any]:
         """What gives the rows of a piece of a layer."""
@@ -344,25 +381,22 @@ def _whole(file: NpyFile, threads: ThreadPoolExecutor) -> NDArray[Any]:
     return array
 
 
-def _fitting(entry: StorageEntry, like: Any, path: Path) -> Nest:
-    """The nest that items are to come back in.
+def fitting(there: Nest, expected: Nest, path: Path) -> Nest:
+    """The nest that is expected, if the one that is there has the same leaves.
 
     Raises
     ------
     SnapshotError
-        If the leaves of `like` are not those of the snapshot; the message names every difference by its path.
+        If it has not; the message names every difference by its path.
     """
-    if like is None:
-        return entry.nest
-    nest = Nest(getattr(like, "data_spec", like))
-    expected, found = dict(zip(nest.paths, nest.specs)), entry.leaves
-    differences = [f"{label(each)}: expected, but not in the snapshot" for each in expected if each not in found]
-    differences += [f"{label(each)}: in the snapshot, but not expected" for each in found if each not in expected]
+    found, wanted = dict(zip(there.paths, there.specs)), dict(zip(expected.paths, expected.specs))
+    differences = [f"{label(each)}: expected, but not in the snapshot" for each in wanted if each not in found]
+    differences += [f"{label(each)}: in the snapshot, but not expected" for each in found if each not in wanted]
     differences += [
         f"{label(each)}: expected {spec}, found {found[each]}"
-        for each, spec in expected.items()
+        for each, spec in wanted.items()
         if each in found and found[each] != spec
     ]
     if differences:
         raise SnapshotError("\n".join([f"{path}: the snapshot is not like what is expected", *differences]))
-    return nest
+    return expected

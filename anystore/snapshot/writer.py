@@ -1,15 +1,8 @@
-"""Saving: new files beside the old ones, then a new manifest in the place of the old one, in one step.
-
-No file that a complete version names is ever written to again. Until the manifest is replaced, the old version is what
-there is; from then on the new one is. Whatever no manifest names is a leftover, and goes at the end of a save or at the
-beginning of the next.
-"""
+"""Saving: the rows that were written, or all of them, in new files beside the old ones."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,32 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.convert import to_numpy
-from anystore.snapshot import files
 from anystore.snapshot.changes import Changes
 from anystore.snapshot.described import describe
-from anystore.snapshot.files import LOCK, SnapshotError
-from anystore.snapshot.manifest import (
-    MANIFEST,
-    ArrayEntry,
-    File,
-    Layer,
-    Manifest,
-    StorageEntry,
-    kept_name,
-    kept_versions,
-    read_manifest,
-    render,
+from anystore.snapshot.directory import (
+    commit,
+    file_name,
+    keep_old,
+    next_version,
+    prepared,
+    stage,
+    sweep,
+    undone_on_error,
 )
-from anystore.snapshot.npy import ROWS, as_bytes, rows_at_a_time, write_npy
+from anystore.snapshot.manifest import MANIFEST, ArrayEntry, File, Layer, Manifest, StorageEntry
+from anystore.snapshot.npy import ROWS, THREADS, as_bytes, rows_at_a_time, write_npy
 from anystore.snapshot.progress import Callback, Progress
 
 if TYPE_CHECKING:
     from anystore.storage import Storage
 
-__all__ = ["commit", "file_name", "prepared", "save_snapshot", "stage", "undone_on_error", "used_rows"]
+__all__ = ["save_snapshot", "storage_entry", "used_rows"]
 
-_OWN = re.compile(r"([0-9]{6,15})\..*\.npy|manifest-([0-9]{6,15})\.json|.*\.json\.new")
-"""The names that files of a snapshot have, besides the manifest and the lock."""
 _LAYERS = 64
 """A storage that has so many layers is written whole."""
 
@@ -93,107 +81,18 @@ def save_snapshot(
     path = Path(path)
     if keep < 0:
         raise ValueError(f"expected to keep 0 or more versions, found {keep}")
-    entries = {name: _entry(storage) for name, storage in storages.items()}
+    entries = {name: storage_entry(storage) for name, storage in storages.items()}
     with prepared(path, "replay" if kind == "replay" else "storage") as old:
-        draft = _Draft(path, _next_version(path), Manifest(uuid.uuid4().hex, 1, kind, {}, {}, dict(state or {})))
+        draft = _Draft(path, next_version(path), Manifest(uuid.uuid4().hex, 1, kind, {}, {}, dict(state or {})))
         plans = {name: _plan(name, storages[name], entry, old) for name, entry in entries.items()}
         with undone_on_error(path):
             manifest = draft.write(storages, plans, arrays or {}, progress)
-            _keep(path, old, keep)
+            keep_old(path, old, keep)
             stage(path, MANIFEST, manifest)
         commit(path, MANIFEST)
         for name, storage in storages.items():
             storage._track(Changes(manifest.id, name, storage.capacity))
-        _sweep(path)
-
-
-@contextlib.contextmanager
-def prepared(path: Path, *kinds: str, wait: bool = False) -> Iterator[Manifest | None]:
-    """The directory made, locked against other writers and rid of leftovers; and its manifest, if it has one.
-
-    Raises
-    ------
-    SnapshotError
-        If another is writing there, or it holds something else than a snapshot of one of these kinds.
-    """
-    if not path.is_dir():
-        with contextlib.suppress(FileExistsError):
-            files.mkdir(path)
-        files.sync_directory(path.parent)
-    _refuse_strangers(path)
-    with files.locked(path, wait):
-        old = read_manifest(path / MANIFEST) if os.path.lexists(path / MANIFEST) else None
-        if old is not None and old.kind not in kinds:
-            raise SnapshotError(f"{path}: expected a snapshot of kind {' or '.join(kinds)}, found one of {old.kind}")
-        _sweep(path)
-        yield old
-
-
-def _refuse_strangers(path: Path) -> None:
-    names = set(files.list_names(path))
-    if names and not names & {MANIFEST, LOCK}:
-        raise SnapshotError(f"{path}: expected an empty directory or a snapshot, found {', '.join(sorted(names))[:80]}")
-
-
-@contextlib.contextmanager
-def undone_on_error(path: Path) -> Iterator[None]:
-    """Within which an error removes what was written, so that a full disk is no fuller than before."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError, SnapshotError):
-            _sweep(path)
-        raise
-
-
-def stage(path: Path, name: str, manifest: Manifest) -> None:
-    """Write a manifest, and wait until it and the files that it names are on the disk; nobody looks at it yet."""
-    fd = files.create(path / f"{name}.new")
-    try:
-        files.write(fd, render(manifest))
-        files.fsync(fd)
-    finally:
-        files.close(fd)
-    files.sync_directory(path)
-
-
-def commit(path: Path, name: str) -> None:
-    """Let a staged manifest take its place."""
-    files.replace(path / f"{name}.new", path / name)
-    files.sync_directory(path)
-
-
-def _keep(path: Path, old: Manifest | None, keep: int) -> None:
-    """Give the manifest that is about to be replaced a name of its own, and forget those beyond `keep`."""
-    for version in kept_versions(path)[max(keep - 1, 0) :]:
-        files.unlink(path / kept_name(version))
-    if old is not None and keep:
-        stage(path, kept_name(old.version), old)
-        commit(path, kept_name(old.version))
-
-
-def _sweep(path: Path) -> None:
-    """Remove what no manifest names.
-
-    A file that cannot be removed does no harm but take room, and the next save tries again.
-    """
-    manifests = [MANIFEST, *map(kept_name, kept_versions(path))]
-    named = {name for each in manifests if os.path.lexists(path / each) for name in _names(path / each)}
-    for name in files.list_names(path):
-        if _OWN.fullmatch(name) and name not in named and name not in manifests:
-            with contextlib.suppress(OSError):
-                files.unlink(path / name)
-
-
-def _names(path: Path) -> set[str]:
-    return read_manifest(path).names()
-
-
-def _next_version(path: Path) -> int:
-    """A version whose files have names that nothing in the directory has."""
-    newest = [read_manifest(path / MANIFEST).version] if os.path.lexists(path / MANIFEST) else []
-    matches = [match for match in map(_OWN.fullmatch, files.list_names(path)) if match]
-    return max([0, *newest, *(int(match[1] or match[2] or 0) for match in matches)]) + 1
+        sweep(path)
 
 
 @dataclass(frozen=True)
@@ -225,7 +124,7 @@ class _Rows:
                 yield rows[first : first + step]
 
 
-def _entry(storage: Storage) -> StorageEntry:
+def storage_entry(storage: Storage) -> StorageEntry:
     """What the manifest says of a storage, without its layers."""
     return StorageEntry(storage.capacity, storage.casting, describe(storage.data_spec))
 
@@ -291,7 +190,7 @@ class _Draft:
         """Write the files; the manifest that names them."""
         rows_nbytes = sum(rows.count * entry.row_nbytes for entry, rows in plans.values())
         total = rows_nbytes + sum(array.nbytes for array in arrays.values())
-        with Progress("saving", total, callback) as self._progress, ThreadPoolExecutor(1) as self._threads:
+        with Progress("saving", total, callback) as self._progress, ThreadPoolExecutor(THREADS) as self._threads:
             entries = {
                 name: self._add_layer(name, storages[name], entry, rows) for name, (entry, rows) in plans.items()
             }
@@ -326,17 +225,6 @@ class _Draft:
     def _write(self, parts: Sequence[str], shape: Any, dtype: Any, pieces: Any, advance: Any) -> File:
         name = file_name(self._version, parts, self._taken)
         return File(name, write_npy(self._path / name, shape, dtype, pieces, advance, self._threads))
-
-
-def file_name(version: int, parts: Sequence[str], taken: set[str]) -> str:
-    """A name for a file, after the path of a leaf, that is safe on any file system and not among those `taken`."""
-    readable = re.sub(r"[^A-Za-z0-9_-]+", ".", "/".join(parts)).strip(".")[:100]
-    name, number = readable, 1
-    while name.lower() in taken:
-        number += 1
-        name = f"{readable}.{number}"
-    taken.add(name.lower())
-    return f"{version:06}.{name}.npy"
 
 
 def _version_of_anystore() -> str:

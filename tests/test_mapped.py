@@ -1,0 +1,265 @@
+"""Storages in memory-mapped files: the same contract, and what files and other processes add to it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anystore import ArraySpec, SnapshotError, Storage, load
+from anystore.snapshot import files
+from tests import test_storage
+from tests.contract import CAPACITY
+from tests.faults import FailingCalls, calls_go_through, count_calls
+from tests.items import SPEC, assert_same, batch
+
+ROOT = Path(__file__).parents[1]
+
+
+class TestMapped(test_storage.TestNumpy):
+    @pytest.fixture(autouse=True)
+    def _somewhere(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(files, "fsync", lambda fd: None)
+        monkeypatch.setattr(files, "sync_directory", lambda path: None)
+        self.place, self.count = tmp_path, 0
+
+    def make(self, spec: Any = SPEC, capacity: int = CAPACITY, **options: Any) -> Storage:
+        self.count += 1
+        return super().make(spec, capacity, directory=self.place / str(self.count), **options)
+
+
+class TestSharedMemory:
+    """On a file system in memory."""
+
+    obstacle = None if os.access("/dev/shm", os.W_OK) else "there is no /dev/shm to write to"
+
+    def test_items_are_stored(self):
+        import tempfile
+
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+            store = Storage(SPEC, CAPACITY, directory=f"{directory}/store")
+            store.set([1, 4], batch([1, 4]))
+            assert_same(Storage.open(f"{directory}/store", mode="r").get([1, 4]), load_like(store, [1, 4]))
+
+
+def load_like(store: Storage, rows: Any) -> Any:
+    """The items in the containers of what a file describes, which has classes of its own."""
+    return load(store.directory).get(rows)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "store"
+
+
+class TestFiles:
+    def test_a_later_process_finds_all_of_it(self, path):
+        program = """
+        import sys
+        import numpy as np
+        from anystore import Storage
+        from tests.items import SPEC, batch
+        Storage(SPEC, 10, directory=sys.argv[1]).set(range(10), batch(np.arange(10)))
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(program), path], check=True, cwd=ROOT)
+        for mode in ("r", "r+"):
+            assert_same(Storage(SPEC, 10, directory=path, mode=mode).get(...), batch(np.arange(10)))
+            assert Storage.open(path, mode=mode).get(...)["action"][0].tolist() == list(range(10))
+
+    def test_files_are_those_of_numpy_and_take_no_room_at_first(self, path):
+        store = Storage(ArraySpec((1024,), "float32"), 100_000, directory=path)
+        (file,) = path.glob("*.npy")
+        assert file.stat().st_size > 400_000_000
+        assert file.stat().st_blocks * 512 < 1_000_000
+        store.set(99_999, np.arange(1024, dtype=np.float32))
+        store.flush()
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        assert array.shape == (100_000, 1024)
+        assert (array[99_999] == np.arange(1024)).all()
+        assert file.stat().st_blocks * 512 < 5_000_000
+
+    def test_readers_see_what_the_writer_writes(self, path):
+        store = Storage(SPEC, 10, directory=path)
+        reader = Storage(SPEC, 10, directory=path, mode="r")
+        view = reader.get(slice(2, 4), copy=False)
+        store.set([2, 3], batch([72, 73]))
+        assert_same(reader.get([2, 3]), batch([72, 73]))
+        assert_same(view, batch([72, 73]))
+        assert store.directory == reader.directory == path
+        assert Storage(SPEC, 10).directory is None
+
+    def test_what_is_read_only_is_not_written(self, path):
+        Storage(SPEC, 10, directory=path).set(3, batch(3))
+        reader = Storage(SPEC, 10, directory=path, mode="r")
+        for rows, value in ((3, batch(5)), ([1, 2], batch([1, 2])), (..., batch(1))):
+            with pytest.raises(ValueError, match="the buffers are read-only, as with mode='r'; nothing was written"):
+                reader.set(rows, value)
+        with pytest.raises(ValueError, match="cannot be resized"):
+            reader.resize(5)
+        with pytest.raises(ValueError, match="read-only"):
+            reader.get(3, copy=False)["action"][0][...] = 5
+        reader.flush()
+        assert_same(reader.get(3), batch(3))
+        assert reader.capacity == 10
+
+    def test_is_resized_for_those_who_open_it_later(self, path):
+        store = Storage(SPEC, 10, directory=path)
+        store.set(..., batch(np.arange(10)))
+        reader = Storage(SPEC, 10, directory=path, mode="r")
+        store.resize(15)
+        store.set(12, batch(12))
+        assert_same(reader.get(...), batch(np.arange(10)))
+        assert_same(Storage(SPEC, 15, directory=path, mode="r").get([9, 12]), batch([9, 12]))
+        assert len(list(path.glob("*.npy"))) == 5
+
+    def test_every_call_of_a_resize_fails(self, tmp_path):
+        def begun(path: Path) -> Storage:
+            store = Storage(SPEC, 10, directory=path)
+            store.set(..., batch(np.arange(10)))
+            return store
+
+        probe = begun(tmp_path / "count")
+        for number in range(count_calls(lambda: probe.resize(15))):
+            store, path = begun(tmp_path / str(number)), tmp_path / str(number)
+            faults = FailingCalls(number, errno.ENOSPC, for_good=False)
+            with calls_go_through(faults):
+                try:
+                    store.resize(15)
+                except OSError:
+                    found = Storage.open(path).capacity
+                    assert found == 10 or faults.failed == ["sync_directory"]
+                    if found == 15:  # but nobody may count on it yet, so that this one stays as it was
+                        continue
+                else:
+                    assert faults.failed == ["unlink"]
+                    assert store.capacity == 15
+            store.set(3, batch(33))
+            store.resize(12)
+            assert_same(Storage(SPEC, 12, directory=path).get(range(10)), batch([0, 1, 2, 33, 4, 5, 6, 7, 8, 9]))
+
+    def test_every_call_of_its_making_fails(self, tmp_path):
+        for number in range(count_calls(lambda: Storage(SPEC, 10, directory=tmp_path / "count"))):
+            path = tmp_path / str(number)
+            with (
+                calls_go_through(FailingCalls(number, errno.ENOSPC, for_good=True)),
+                pytest.raises(OSError, match="No sp"),
+            ):
+                Storage(SPEC, 10, directory=path)
+            if not (path / "manifest.json").exists():
+                with pytest.raises(SnapshotError, match="no such file"):
+                    Storage(SPEC, 10, directory=path, mode="r")
+            store = Storage(SPEC, 10, directory=path)
+            store.set(3, batch(3))
+            assert_same(Storage(SPEC, 10, directory=path, mode="r").get(3), batch(3))
+            assert len(list(path.iterdir())) == 5 + 2
+
+    def test_two_may_make_it_at_once(self, path):
+        path.mkdir()
+        program = """
+        import sys
+        from anystore import Storage
+        from tests.items import SPEC, batch
+        number = int(sys.argv[2])
+        Storage(SPEC, 10, directory=sys.argv[1]).set(number, batch(number))
+        """
+        with files.locked(path):
+            command = [sys.executable, "-c", textwrap.dedent(program), str(path)]
+            children = [subprocess.Popen([*command, str(number)], cwd=ROOT) for number in range(3)]
+        assert [child.wait() for child in children] == [0, 0, 0]
+        assert_same(Storage(SPEC, 10, directory=path).get(range(3)), batch([0, 1, 2]))
+
+    def test_refuses_what_does_not_fit(self, path, tmp_path):
+        Storage(SPEC, 10, directory=path)
+        with pytest.raises(SnapshotError, match="expected a capacity of 11, found 10"):
+            Storage(SPEC, 11, directory=path)
+        with pytest.raises(SnapshotError, match=r"obs: expected, but not in the snapshot"):
+            Storage({"obs": ArraySpec((), "int8")}, 10, directory=path)
+        with pytest.raises(ValueError, match="expected a mode among r\\+, r, found 'w'"):
+            Storage(SPEC, 10, directory=path, mode="w")
+        with pytest.raises(SnapshotError, match="there is no such file, so no snapshot"):
+            Storage(SPEC, 10, directory=tmp_path / "nowhere", mode="r")
+        Storage(SPEC, 10).save(tmp_path / "snapshot")
+        for make in (lambda where: Storage(SPEC, 10, directory=where), Storage.open):
+            with pytest.raises(
+                SnapshotError, match="expected a memory-mapped storage, found a snapshot of kind storage"
+            ):
+                make(tmp_path / "snapshot")
+        with pytest.raises(SnapshotError, match="expected a snapshot of kind storage, found one of mapped"):
+            Storage(SPEC, 10).save(path)
+        (tmp_path / "thesis").mkdir()
+        (tmp_path / "thesis" / "text").write_text("years of work")
+        with pytest.raises(SnapshotError, match="expected an empty directory or a snapshot, found text"):
+            Storage(SPEC, 10, directory=tmp_path / "thesis")
+
+    def test_refuses_another_backend(self, path):
+        pytest.importorskip("torch")
+        with pytest.raises(ValueError, match="a storage with a directory is of the backend 'numpy', not of 'torch'"):
+            Storage(SPEC, 10, backend="torch", directory=path)
+        assert not path.exists()
+
+    def test_refuses_damaged_files(self, path):
+        Storage(SPEC, 10, directory=path)
+        for file in path.glob("*.npy"):
+            good = file.read_bytes()
+            for bad in (good[:-1], good + b"0", good[:70] + b"9" + good[71:]):
+                file.write_bytes(bad)
+                with pytest.raises(SnapshotError, match=file.name):
+                    Storage(SPEC, 10, directory=path)
+            file.unlink()
+            with pytest.raises((SnapshotError, FileNotFoundError), match=file.name):
+                Storage(SPEC, 10, directory=path)
+            file.write_bytes(good)
+
+    def test_a_snapshot_of_it_and_a_copy_in_memory(self, path, tmp_path):
+        store = Storage(SPEC, 10, directory=path)
+        store.set([1, 9], batch([1, 9]))
+        store.save(tmp_path / "snapshot")
+        Storage(SPEC, 10, directory=path).set(2, batch(2))  # which the first cannot know of
+        store.save(tmp_path / "snapshot")
+        for where in (tmp_path / "snapshot", path):
+            found = load(where, like=SPEC)
+            assert found.directory is None
+            assert_same(found.get(...), store.get(...))
+
+
+def test_two_processes_never_see_half_an_item(path):
+    """One writes stamped rows, the other reads them, each under a lock of theirs."""
+    program = """
+    import fcntl, sys
+    import numpy as np
+    from anystore import Storage
+    from tests.items import SPEC, batch
+    store = Storage(SPEC, 10, directory=sys.argv[1])
+    random = np.random.default_rng(0)
+    with open(sys.argv[2], "w") as lock:
+        for stamp in range(1, 4000):
+            rows = random.permutation(10)[:4]
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            store.set(rows, batch(np.full(4, stamp)))
+            fcntl.flock(lock, fcntl.LOCK_UN)
+    """
+    store = Storage(SPEC, 10, directory=path)
+    store.set(..., batch(np.zeros(10, int)))
+    reader = Storage(SPEC, 10, directory=path, mode="r")
+    command = [sys.executable, "-c", textwrap.dedent(program), path, path.parent / "lock"]
+    seen = set()
+    with open(path.parent / "lock", "w") as lock, subprocess.Popen(command, cwd=ROOT) as writer:
+        running = True
+        while running:
+            running = writer.poll() is None
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            items = reader.get(...)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            stamps = items["action"][0]
+            assert_same(items, batch(stamps))
+            seen.update(stamps.tolist())
+    assert writer.returncode == 0
+    assert max(seen) == 3999
