@@ -124,6 +124,16 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def demo_replay(session: nox.Session) -> None:
+    """DQN that solves CartPole from a replay buffer, learner and buffer in several libraries; Pong frame by frame."""
+    install(session, extra="[examples,torch,jax]")
+    Path("out").mkdir(exist_ok=True)
+    session.run("python", "examples/dqn.py", "--learner", "torch", *session.posargs)
+    session.run("python", "examples/dqn.py", "--learner", "jax", "--backend", "torch", *session.posargs)
+    session.run("python", "examples/pong_frames.py", "--steps", "5000", "--output", "out/pong.png")
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """The tests against the wheel, in an environment that holds nothing else of this folder."""
     session.install("build")

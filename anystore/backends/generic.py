@@ -103,9 +103,9 @@ class GenericBackend(Backend):
         return self._xp.asarray(array, dtype=self.native_dtype(array.dtype), device=self._device)
 
     def move(self, array: Array, dtype: Any) -> Array:
-        if array.device != self._device:
-            array = array.to_device(self._device)
-        return self._xp.astype(array, dtype, copy=False)
+        # First, since the device may lack the dtype that the array has.
+        array = self._xp.astype(array, dtype, copy=False)
+        return array if array.device == self._device else array.to_device(self._device)
 
     def random(self, seed: int | None = None) -> Random:
         floats = np.float64 if "float64" in self._dtypes else np.float32
