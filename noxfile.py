@@ -12,7 +12,8 @@ nox.needs_version = ">=2024.10"
 nox.options.reuse_venv = "yes"
 
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ml_dtypes"]
-SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4"]
+# A class to each process, so that what a library compiles for one test serves the others of its class.
+SIDE_BY_SIDE = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadscope"]
 FOREIGN_SPECS = ["attrs", "dm-env", "gymnasium>=1.0"]
 STRICT = ["array-api-strict>=2.4"]
 CUPY = "cupy-cuda13x" if os.environ.get("ANYSTORE_CUDA") == "13" else "cupy-cuda12x"
@@ -45,6 +46,8 @@ def run_tests(session: nox.Session, *arguments: str, **env: str) -> None:
 
 WITHOUT_TENSORFLOW = "--ignore-glob=tests/test_tf*.py"
 """These tests have sessions of their own."""
+WITHOUT_FAULTS = ["--ignore=tests/test_snapshot_faults.py", "--ignore=tests/test_snapshot_damage.py"]
+"""These take long, and know of no library but NumPy: they run in the sessions of NumPy alone."""
 
 
 @nox.session
@@ -58,7 +61,8 @@ def tests(session: nox.Session, backend: str) -> None:
         env["ANYSTORE_NO_SKIPS"] = "1"
     if backend == "cupy" and "cupy" not in env["ANYSTORE_REQUIRE"]:
         session.warn("without ANYSTORE_REQUIRE=cupy this session passes where there is no CUDA device to test on")
-    run_tests(session, WITHOUT_TENSORFLOW, **env)
+    of_numpy = backend.startswith("numpy")
+    run_tests(session, WITHOUT_TENSORFLOW, *([] if of_numpy else WITHOUT_FAULTS), **env)
 
 
 @nox.session
@@ -153,7 +157,9 @@ def wheel(session: nox.Session) -> None:
         copy(name, target)
     with session.chdir(place / "run"):
         required = "array_api_strict,compiled" if shutil.which("cc") else "array_api_strict"
-        session.run(python, "-m", "pytest", *SIDE_BY_SIDE, WITHOUT_TENSORFLOW, env={"ANYSTORE_REQUIRE": required}, external=True)
+        session.run(
+            python, "-m", "pytest", *SIDE_BY_SIDE, WITHOUT_TENSORFLOW, env={"ANYSTORE_REQUIRE": required}, external=True
+        )
 
 
 PEERS = {

@@ -5,6 +5,7 @@ from setuptools import Extension, setup
 
 
 def compiled(name: str) -> Extension:
+    """The extension module of this name."""
     return Extension(
         name,
         [f"{name.replace('.', '/')}.c"],

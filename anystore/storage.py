@@ -476,7 +476,8 @@ class Storage:
             raise ValueError("a selection has the capacity of the storage it was selected from; resize that one")
         capacity = as_capacity(capacity)
         kept = range(min(capacity, self._capacity))
-        with self._new_buffers(capacity) as buffers:
+        new = contextlib.nullcontext(self._allocate(capacity)) if self._mapped is None else self._replaced(capacity)
+        with new as buffers:
             self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
         self._buffers, self._capacity = buffers, capacity
         self._lent = _Lent(self._mapped is not None)
@@ -487,11 +488,11 @@ class Storage:
             selection._capacity = capacity
             selection._lent = self._lent
 
-    def _new_buffers(self, capacity: int) -> contextlib.AbstractContextManager[list[Any]]:
-        if self._mapped is None:
-            return contextlib.nullcontext(self._allocate(capacity))
+    def _replaced(self, capacity: int) -> contextlib.AbstractContextManager[list[Any]]:
+        """New files in the place of those that there are."""
         from anystore.snapshot.writer import storage_entry
 
+        assert self._mapped is not None
         return self._mapped.replaced(dataclasses.replace(storage_entry(self), capacity=capacity))
 
     def _plan(self, capacity: int) -> Plan:

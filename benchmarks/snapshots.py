@@ -344,7 +344,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         "# Snapshots",
         "",
         "Medians over the rounds, and the median of what each took as a multiple of what the first line of its table",
-        "took in the same round. All of it in turn in one process, on one disk; saved means fsynced. Made by",
+        "took in the same round. All of it in turn in one process, on one disk; saved means fsynced. Single rounds",
+        "vary by a factor of two and more where others work on the machine; all of them are in snapshots.json. Made by",
         "`python -m benchmarks.snapshots`.",
         "",
     ]

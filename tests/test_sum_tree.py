@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def levels_of(tree: SumTree) -> list[Any]:
 def assert_adds_up(tree: SumTree) -> None:
     """Every number is the sum of the `WIDTH` below it, which are integers here, and zeros where nothing is below."""
     levels = levels_of(tree)
-    for below, level in zip(levels, levels[1:]):
+    for below, level in itertools.pairwise(levels):
         sums = below.reshape(-1, WIDTH).sum(axis=1)
         assert level[: len(sums)].tolist() == sums.tolist()
         assert not level[len(sums) :].any()
@@ -132,7 +133,11 @@ class SumTreeContract:
     def test_runs(self, capacity: int) -> None:
         tree = self.filled(np.full(capacity, 7))
         model = np.full(capacity, 7.0)
-        for run, number in ((range(capacity), 2.0), (range(capacity - 1, capacity), 3.0), (range(capacity // 2 + 1), 0.0)):
+        for run, number in (
+            (range(capacity), 2.0),
+            (range(capacity - 1, capacity), 3.0),
+            (range(capacity // 2 + 1), 0.0),
+        ):
             with tree._backend.stream():
                 tree.set_run(run, number)
             model[run.start : run.stop] = number
@@ -244,7 +249,7 @@ class TestCompiled:
 
     @settings(max_examples=100, deadline=None, derandomize=True)
     @given(
-        capacity=st.sampled_from(CAPACITIES + [4097]),
+        capacity=st.sampled_from([*CAPACITIES, 4097]),
         seed=st.integers(0, 2**32 - 1),
         kind=st.sampled_from(["integers", "floats", "few", "huge and tiny"]),
         writes=st.integers(1, 4),
@@ -296,7 +301,7 @@ class TestCompiled:
         assert sum_tree.compiled.add_up(levels, rows) is None
         assert levels[-1].sum() == len(set(rows.ravel().tolist()))
 
-    levels = {
+    levels: ClassVar = {
         "no list": (tuple(tree_of_host(300)), TypeError, "expected a list of levels"),
         "none at all": ([], TypeError, "expected a list of levels"),
         "too many": ([np.zeros(16)] * 17, TypeError, "expected a list of levels"),

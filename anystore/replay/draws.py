@@ -78,7 +78,7 @@ class Draws:
             places = xp.concat([places, self._drawn(places.shape[0], items)])
         self.doubled = 0
         good = to_numpy(self._good(places, items, usable))
-        return self._draw_exactly(count, items, usable, to_numpy(places)[good])
+        return self._draw_exactly(count, items, usable, to_numpy(places)[good][:count])
 
     def every(self, count: int) -> Array:
         """All places below `count`."""
@@ -122,6 +122,8 @@ class Draws:
         if self._sampler.distinct:
             good[drawn] = False
         places, missing = np.flatnonzero(good), count - len(drawn)
+        if not missing:
+            return self._as_places(drawn)
         if len(places) + len(drawn) == 0:
             raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
         if self._sampler.distinct and missing > len(places):
