@@ -315,8 +315,13 @@ class ndarray:  # noqa: N801  # CuPy's name
     nbytes = property(lambda self: self._array.nbytes)
     flags = property(lambda self: self._array.flags)
 
-    def get(self) -> Any:
-        return self._host.copy()
+    def get(self, out: Any = None) -> Any:
+        if out is None:
+            return self._host.copy()
+        assert out.flags.c_contiguous
+        assert (out.shape, out.dtype) == (self.shape, self.dtype)
+        out[...] = self._host
+        return out
 
     def copy(self) -> ndarray:
         """A copy on the current device, on its current stream."""

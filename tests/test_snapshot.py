@@ -530,6 +530,17 @@ class TestCupyOnAStandIn:
             assert_same(found.get(...), expected)
             assert_same(load(path, like=SPEC).get(...), expected)
 
+    def test_goes_through_pinned_pieces(self, path, monkeypatch):
+        with stand_in.installed(monkeypatch):
+            store = Storage({"x": ArraySpec((1 << 20,), "uint8")}, 10, backend="cupy", device="cuda:0")
+            store.set(..., {"x": np.ones((10, 1 << 20), np.uint8)})
+            cuda, sizes = sys.modules["cupy"].cuda, []
+            allocate = cuda.alloc_pinned_memory
+            monkeypatch.setattr(cuda, "alloc_pinned_memory", lambda nbytes: sizes.append(nbytes) or allocate(nbytes))
+            store.save(path)
+            assert sum(sizes) >= store.nbytes
+            assert max(sizes) <= 4 << 20
+
 
 class TestVersions:
     def test_keeps_as_many_as_it_is_told(self, path):

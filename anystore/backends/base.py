@@ -122,6 +122,10 @@ class Backend(ABC):
     def move(self, array: Array, dtype: Any) -> Array:
         """An array of the library, whatever its device and dtype, on this device and in this native dtype."""
 
+    def to_host(self, array: Array) -> NDArray[Any]:
+        """A NumPy array with the same values; it may share the memory of `array`."""
+        return to_numpy(array)
+
     def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
         """`value`, an array of any library, in this dtype and as `scatter` takes it: of this library, on this device.
 

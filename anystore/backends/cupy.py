@@ -261,6 +261,16 @@ class CupyBackend(Backend):
     def random(self, seed: int | None = None) -> Random:
         return CupyRandom(self._device, seed)
 
+    def to_host(self, array: Array) -> NDArray[Any]:
+        """Through pinned memory, from CuPy's pool of it, where it goes back to when nobody needs the array any more."""
+        if array.nbytes == 0:
+            return np.empty(array.shape, array.dtype)
+        memory = cupy.cuda.alloc_pinned_memory(array.nbytes)
+        host: NDArray[Any] = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+        with self._device:
+            array.get(out=host)
+        return host
+
     def as_rows(self, array: Array) -> Rows:
         rows: Rows = cupy.ascontiguousarray(array, np.int64)
         return rows

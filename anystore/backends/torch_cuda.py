@@ -127,6 +127,11 @@ class TorchCudaBackend(TorchBackend):
         checked: Rows = rows
         return checked
 
+    def to_host(self, array: torch.Tensor) -> NDArray[Any]:
+        """Through pinned memory, from torch's pool of it."""
+        pinned = torch.empty(array.shape, dtype=array.dtype, pin_memory=self._device.type == "cuda")
+        return to_numpy(pinned.copy_(array))
+
     def as_rows(self, array: torch.Tensor) -> Any:
         return array.to(torch.int64).contiguous()
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anystore.convert import to_numpy
 from anystore.snapshot.changes import Changes
 from anystore.snapshot.described import describe
 from anystore.snapshot.directory import (
@@ -168,7 +167,7 @@ def _last(mask: Any) -> int:
 
 def _host(storage: Storage, buffer: Any, rows: Any) -> NDArray[Any]:
     (leaf,) = storage._backend.gather([buffer], rows, None)
-    return to_numpy(leaf)
+    return storage._backend.to_host(leaf)
 
 
 class _Draft:
