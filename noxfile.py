@@ -187,16 +187,8 @@ def bench_beside(session: nox.Session, peer: str) -> None:
     session.run("python", "-W", "ignore", "-m", "benchmarks.measure", peer, "--output", output, *session.posargs)
 
 
-@nox.session(default=False)
-def bench(session: nox.Session) -> None:
-    """All benchmarks, one peer after the other, and then the tables and pictures in benchmarks/results."""
-    install(session, "matplotlib")
-    for peer in PEERS:
-        session.notify(f"bench_beside({peer})", posargs=session.posargs)
-    session.notify("bench_report")
-
-
 REPLAY = ["anystore", "cpprb", "torchrl", "stable_baselines3", "tianshou", "tf_agents"]
+SNAPSHOTS = {"numpy": [], "torchrl": PEERS["torchrl"], "tensorflow": TF_AGENTS}
 
 
 @nox.session(default=False, python="3.11")
@@ -205,6 +197,26 @@ def bench_replay(session: nox.Session, peer: str) -> None:
     """Measure anystore.replay beside a peer, in the peer's own environment; alone: what it costs by size."""
     install(session, *PEERS.get(peer, []))
     session.run("python", "-W", "ignore", "-m", "benchmarks.replay", peer, *session.posargs, env=QUIET)
+
+
+@nox.session(default=False, python="3.11")
+@nox.parametrize("peer", [nox.param(name, id=name) for name in SNAPSHOTS])
+def bench_snapshots(session: nox.Session, peer: str) -> None:
+    """Measure snapshots beside plain writing and reading, and what a peer has of the kind."""
+    install(session, *SNAPSHOTS[peer])
+    session.run("python", "-W", "ignore", "-m", "benchmarks.snapshots", peer, *session.posargs, env=QUIET)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """All benchmarks, one peer after the other, and then the tables and pictures in benchmarks/results."""
+    for peer in PEERS:
+        session.notify(f"bench_beside({peer})", posargs=session.posargs)
+    for peer in REPLAY:
+        session.notify(f"bench_replay({peer})", posargs=[])
+    for peer in SNAPSHOTS:
+        session.notify(f"bench_snapshots({peer})", posargs=[])
+    session.notify("bench_report", posargs=[])
 
 
 @nox.session(default=False)

@@ -143,9 +143,7 @@ class ReplayContract:
         assert buffer.nbytes == buffer.storage.nbytes
         assert buffer.data_spec == SPEC
 
-    @pytest.mark.parametrize(
-        "counts", [(3,), (3, 4), (10,), (4, 6, 1), (7, 7, 7), (11,), (3, 25), (0, 5, 0), (10, 10), (35,)], ids=str
-    )
+    @pytest.mark.parametrize("counts", [(3, 4), (10,), (7, 7, 7), (3, 24), (0, 4, 0), (10, 10)], ids=str)
     def test_holds_the_newest(self, counts: tuple[int, ...]) -> None:
         buffer, total = self.make(), 0
         for count in counts:
@@ -158,10 +156,10 @@ class ReplayContract:
             assert [rows[stamp % CAPACITY] for stamp in there] == list(there)
 
     def test_one_by_one(self) -> None:
-        buffer = self.make(3)
-        for stamp in range(8):
+        buffer = self.make(4)
+        for stamp in range(10):
             buffer.add(batch(stamp))
-            assert all_of(buffer) == list(range(max(0, stamp - 2), stamp + 1))
+            assert all_of(buffer) == list(range(max(0, stamp - 3), stamp + 1))
 
     def test_a_capacity_of_one(self) -> None:
         buffer = self.make(1, sampler=Prioritized())
@@ -174,7 +172,7 @@ class ReplayContract:
         buffer.extend(batch(np.arange(3, 9)))
         assert all_of(buffer) == [8]
 
-    @pytest.mark.parametrize(("before", "count"), [(0, 4), (7, 3), (7, 4), (9, 10), (0, 10), (4, 23), (10, 20)])
+    @pytest.mark.parametrize(("before", "count"), [(0, 4), (7, 3), (7, 4), (7, 10), (0, 10), (3, 24)])
     def test_a_contiguous_write_is_two_slices_at_most(
         self, monkeypatch: pytest.MonkeyPatch, before: int, count: int
     ) -> None:
@@ -208,23 +206,23 @@ class ReplayContract:
 
     def test_clear(self) -> None:
         buffer = self.filled(13, sampler=Prioritized())
-        rows = buffer.sample(5).rows
+        rows = buffer.sample(4).rows
         buffer.clear()
         assert (len(buffer), buffer.total_added) == (0, 13)
         with pytest.raises(ValueError, match="^the buffer is empty; add items before sampling$"):
             buffer.sample(1)
-        assert buffer.update_priorities(rows, np.ones(5)) == 0
+        assert buffer.update_priorities(rows, np.ones(4)) == 0
         buffer.extend(batch(np.arange(20, 24)))
         assert all_of(buffer) == [20, 21, 22, 23]
-        assert set(stamps_of(buffer.sample(40).items)) == {20, 21, 22, 23}
-        assert buffer.update_priorities(rows, np.ones(5)) == 0
+        assert set(stamps_of(buffer.sample(64).items)) == {20, 21, 22, 23}
+        assert buffer.update_priorities(rows, np.ones(4)) == 0
         buffer.clear()
         buffer.clear()
         assert len(buffer) == 0
 
     def test_an_item_for_all_rows_of_a_batch(self) -> None:
         """A leaf of the shape of one item is taken as `Storage.set` takes it, also where the ring closes."""
-        for before, count in ((0, 3), (8, 4), (8, 3), (5, 23)):
+        for before, count in ((0, 4), (7, 4), (3, 24)):
             buffer = self.filled(before)
             value = batch(np.full(count, 77))
             value["obs"]["image"] = value["obs"]["image"][0]
@@ -256,7 +254,7 @@ class ReplayContract:
         assert all_of(buffer) == [2, 3, 4, 5]
 
     def test_an_item_that_is_a_single_leaf(self) -> None:
-        buffer = self.make(3, ArraySpec((2,), "float32"), sampler=Prioritized())
+        buffer = self.make(4, ArraySpec((2,), "float32"), sampler=Prioritized())
         buffer.extend([[1, 2], [3, 4]])
         buffer.add([5, 6])
         found = {tuple(row) for sample in one_pass(buffer) for row in to_numpy(sample.items).tolist()}
@@ -282,11 +280,11 @@ class ReplayContract:
         """Both hold the same, and go on in the same way."""
         assert_same(buffer.storage.get(...), host(twin.storage.get(...)))
         for each in (buffer, twin):
-            each.extend(batch(np.arange(200, 206)))
+            each.extend(batch(np.arange(200, 204)))
         assert (len(buffer), buffer.total_added) == (len(twin), twin.total_added)
         if isinstance(buffer.sampler, Prioritized):
             assert to_numpy(buffer.priorities).tolist() == to_numpy(twin.priorities).tolist()
-        one, other = buffer.sample(8), twin.sample(8)
+        one, other = buffer.sample(4), twin.sample(4)
         assert to_numpy(one.rows).tolist() == to_numpy(other.rows).tolist()
         assert_same(one.items, host(other.items))
 
@@ -414,7 +412,7 @@ class ReplayContract:
 
     def test_rows_are_running_numbers(self) -> None:
         buffer = self.filled(27)
-        sample = buffer.sample(8)
+        sample = buffer.sample(4)
         assert to_numpy(sample.rows).dtype == self.integer
         assert to_numpy(sample.rows).tolist() == stamps_of(sample.items)
 
