@@ -47,7 +47,7 @@ def run_tests(session: nox.Session, *arguments: str, **env: str) -> None:
 WITHOUT_TENSORFLOW = "--ignore-glob=tests/test_tf*.py"
 """These tests have sessions of their own."""
 WITHOUT_FAULTS = ["--ignore=tests/test_snapshot_faults.py", "--ignore=tests/test_snapshot_damage.py"]
-"""These take long, and know of no library but NumPy: they run in the sessions of NumPy alone."""
+"""These take long, and know of no library but NumPy: they run in one session."""
 
 
 @nox.session
@@ -61,8 +61,8 @@ def tests(session: nox.Session, backend: str) -> None:
         env["ANYSTORE_NO_SKIPS"] = "1"
     if backend == "cupy" and "cupy" not in env["ANYSTORE_REQUIRE"]:
         session.warn("without ANYSTORE_REQUIRE=cupy this session passes where there is no CUDA device to test on")
-    of_numpy = backend.startswith("numpy")
-    run_tests(session, WITHOUT_TENSORFLOW, *([] if of_numpy else WITHOUT_FAULTS), **env)
+    left_out = [WITHOUT_TENSORFLOW] if backend == "numpy" else [WITHOUT_TENSORFLOW, *WITHOUT_FAULTS]
+    run_tests(session, *left_out, **env)
 
 
 @nox.session

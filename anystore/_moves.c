@@ -4,6 +4,7 @@
  * each of its leaves can be taken byte for byte; of any other, scatter writes nothing and says so, and values.py
  * converts it or refuses it.
  */
+#define _GNU_SOURCE /* for sched_getaffinity */
 #define PY_SSIZE_T_CLEAN
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #define NPY_TARGET_VERSION NPY_1_22_API_VERSION
@@ -11,6 +12,7 @@
 #include <numpy/arrayobject.h>
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -773,7 +775,8 @@ PyMODINIT_FUNC PyInit__moves(void)
 {
     import_array();
     pthread_atfork(NULL, NULL, forget_helpers);
-    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    cpu_set_t allowed; /* which may be fewer than there are */
+    long processors = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
     threads_at_hand = processors < 1 ? 1 : processors > MOST_THREADS ? MOST_THREADS : (int)processors;
     name_start = PyUnicode_InternFromString("start");
     name_step = PyUnicode_InternFromString("step");

@@ -244,7 +244,7 @@ class TestTruth:
             reward = sum(0.5**age * items[step - len(expected)]["reward"] for age, step in enumerate(steps))
             truth = {
                 **first,
-                "reward": reward,
+                "reward": np.float32(reward),  # of NumPy before 2, Python floats make a float64
                 **{part: last[part] for part in ("next_obs", "terminated", "truncated")},
             }
             assert_same(optree.tree_map(lambda leaf, at=number: leaf[at], merged), truth)

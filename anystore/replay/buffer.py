@@ -601,7 +601,7 @@ class ReplayBuffer:
             if not backend.inside(places, len(items)):
                 there = (places >= 0) & (places < len(items))
                 count = int(xp.sum(xp.astype(there, places.dtype), dtype=places.dtype))
-                chosen = backend.chosen(there)
+                chosen = backend.chosen(there)[:count]
                 places, values = xp.take(places, chosen, axis=0), xp.take(values, chosen, axis=0)
             if count:
                 self.sampler.update((places + items.start % self._ring.capacity) % self._ring.capacity, values)

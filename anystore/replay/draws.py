@@ -64,7 +64,7 @@ class Draws:
         if sampler.distinct and 2 * count > len(items):
             return self._draw_exactly(count, items, usable)
         places = self._drawn(count << self.doubled, items)
-        for _ in range(_ROUNDS):
+        while self.doubled < _ROUNDS:
             if usable is None and not sampler.distinct and self._backend.inside(places, len(items)):
                 return places[:count]
             good = self._good(places, items, usable)
