@@ -48,6 +48,8 @@ WITHOUT_TENSORFLOW = "--ignore-glob=tests/test_tf*.py"
 """These tests have sessions of their own."""
 WITHOUT_FAULTS = ["--ignore=tests/test_snapshot_faults.py", "--ignore=tests/test_snapshot_damage.py"]
 """These take long, and know of no library but NumPy: they run in one session."""
+OF_ONE_LIBRARY = [f"--ignore=tests/test_{name}.py" for name in ("replay_samplers", "replay_model", "sum_tree")]
+"""In these no library meets another: they run where each is alone."""
 
 
 @nox.session
@@ -61,8 +63,10 @@ def tests(session: nox.Session, backend: str) -> None:
         env["ANYSTORE_NO_SKIPS"] = "1"
     if backend == "cupy" and "cupy" not in env["ANYSTORE_REQUIRE"]:
         session.warn("without ANYSTORE_REQUIRE=cupy this session passes where there is no CUDA device to test on")
-    left_out = [WITHOUT_TENSORFLOW] if backend == "numpy" else [WITHOUT_TENSORFLOW, *WITHOUT_FAULTS]
-    run_tests(session, *left_out, **env)
+    left_out = [] if backend == "numpy" else WITHOUT_FAULTS
+    if backend == "all":
+        left_out = [*WITHOUT_FAULTS, *OF_ONE_LIBRARY]
+    run_tests(session, WITHOUT_TENSORFLOW, *left_out, **env)
 
 
 @nox.session

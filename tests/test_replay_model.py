@@ -64,8 +64,8 @@ class ReplayModel(RuleBasedStateMachine):
 
     options: dict[str, Any]
     precision = 1e-6
-    batch_size = 64
-    """Of a pass; 1 for a library that compiles each size anew."""
+    compiles = False
+    """Whether the library compiles for each size anew, so that there should be few."""
 
     @initialize(
         capacity=st.integers(1, 10),
@@ -76,7 +76,8 @@ class ReplayModel(RuleBasedStateMachine):
         periods=st.sampled_from([None, 2, 5]),
     )
     def build(self, capacity: int, lanes: int, layout: str, sampler: str, total: int, periods: int | None) -> None:
-        lanes = min(lanes, capacity)
+        self.batch_size = 1 if self.compiles else 64
+        capacity, lanes = (4, 2) if self.compiles else (capacity, min(lanes, capacity))
         total -= total % lanes
         if "stacks" in layout:  # as many of the oldest may have lost frames
             capacity += (DEPTH - 1) * lanes
@@ -113,6 +114,7 @@ class ReplayModel(RuleBasedStateMachine):
 
     @rule(data=st.data(), steps=st.one_of(st.integers(0, 4), st.integers(0, 25)))
     def extend(self, data: st.DataObject, steps: int) -> None:
+        steps = min(steps, 4) // 2 * 2 if self.compiles else steps
         ends = self.ends(data, steps * self.lanes)
         added = []
         for start in range(0, len(ends), self.lanes):
@@ -272,6 +274,7 @@ class ReplayModel(RuleBasedStateMachine):
     @precondition(lambda self: self.model.there)
     @rule(count=st.integers(1, 12))
     def sample(self, count: int) -> None:
+        count = min(count, 2) if self.compiles else count
         certain = [entry for entry in self.certain if self.model.readable(entry)]
         distinct = self.sampler == "without replacement"
         try:
@@ -331,12 +334,12 @@ class ModelContract:
     floating: str
     max_examples = 40
     steps = 25
-    batch_size = 64
+    compiles = False
 
     def test_holds_what_a_list_would_hold(self) -> None:
         class Machine(ReplayModel):
             options = self.options
-            batch_size = self.batch_size
+            compiles = self.compiles
             precision = 1e-6 if self.floating == "float64" else 1e-5
 
         run_state_machine_as_test(
@@ -352,7 +355,7 @@ class ModelContract:
 
 
 class TestNumpy(OnNumpy, ModelContract):
-    max_examples = 250
+    max_examples = 150
 
 
 class TestPlainNumpy(OnPlainNumpy, ModelContract):
@@ -368,8 +371,8 @@ class TestTorchAsOnADevice(OnTorchAsOnADevice, ModelContract):
 
 
 class TestJax(OnJax, ModelContract):
-    max_examples, steps = 8, 15  # every shape is compiled
-    batch_size = 1
+    max_examples, steps = 5, 15
+    compiles = True
 
 
 class TestStrict(OnStrict, ModelContract):

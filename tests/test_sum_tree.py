@@ -32,7 +32,7 @@ from tests.on_backends import (
 )
 from tests.transitions import assert_distributed
 
-CAPACITIES = [1, 2, 15, 16, 17, 255, 256, 257, 300]
+CAPACITIES = [1, 15, 16, 17, 256, 257, 300]
 JUST_BELOW_1 = {"float32": np.float32(1 - 2**-24), "float64": np.float64(1 - 2**-53)}
 
 
@@ -164,10 +164,9 @@ class SumTreeContract:
         draws[0, 2], draws[-1, 3] = JUST_BELOW_1[self.floating], JUST_BELOW_1[self.floating]
         assert self.find(tree, draws).tolist() == [found_slowly(numbers, draw) for draw in draws.T]
 
-    @pytest.mark.parametrize("capacity", [1, 16, 300])
+    @pytest.mark.parametrize("capacity", [1, 300])
     def test_finds_no_row_without_a_number(self, capacity: int) -> None:
-        draws = np.zeros((self.make(capacity).depth, 64), self.floating)
-        draws[...] = self.draws(self.make(capacity), 64)
+        draws = self.draws(self.make(capacity), 64)
         draws[:, :8] = JUST_BELOW_1[self.floating]
         draws[:, 8:16] = 0
         for row in {0, capacity // 2, capacity - 1}:

@@ -98,7 +98,7 @@ def part(items: Any, layout: str) -> Any:
     return {name: items[name] for name in spec_of(layout)}
 
 
-# The list -----------------------------------------------------------------------------------------------------------
+# The list ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -212,7 +212,7 @@ class ListOfItems:
         return merged, 0.0 if last["terminated"] else discount ** len(steps)
 
 
-# Chances ------------------------------------------------------------------------------------------------------------
+# Chances ----------------------------------------------------------------------------------------------------------
 
 
 def assert_distributed(counts: ArrayLike, chances: ArrayLike | None = None) -> None:
