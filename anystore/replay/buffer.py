@@ -141,8 +141,9 @@ class ReplayBuffer:
         seed: int | None = None,
     ) -> None:
         capacity = as_capacity(capacity)
-        if isinstance(lanes, bool) or not isinstance(lanes, int) or not 1 <= lanes <= capacity:
+        if isinstance(lanes, bool) or not isinstance(lanes, (int, np.integer)) or not 1 <= lanes <= capacity:
             raise ValueError(f"expected from 1 to {capacity} lanes, as many as rows at most, found {lanes!r}")
+        lanes = int(lanes)
         self.lock = threading.RLock()
         self._nest = Nest(data_spec)
         self._backend = select_backend(backend, device)
@@ -678,6 +679,8 @@ class _How(NamedTuple):
             raise ValueError("expected num_steps for windows or n_step for n-step returns, found both")
         if at_end not in ("cross", "pad", "whole"):
             raise ValueError(f'expected at_end to be "cross", "pad" or "whole", found {at_end!r}')
+        if not isinstance(discount, (int, float, np.number)) or not 0 <= discount < float("inf"):
+            raise ValueError(f"expected a finite discount of 0 or more, found {discount!r}")
         return cls(num_steps, at_end if num_steps is not None else "cross", n_step, discount)
 
 

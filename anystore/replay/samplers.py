@@ -116,9 +116,9 @@ class Recent(Sampler):
     inside = True
 
     def __init__(self, newest: int, *, replacement: bool = True) -> None:
-        if newest < 1:
-            raise ValueError(f"expected a positive number of newest items, found {newest}")
-        self.newest = newest
+        if isinstance(newest, bool) or not isinstance(newest, (int, np.integer)) or newest < 1:
+            raise ValueError(f"expected a positive number of newest items, found {newest!r}")
+        self.newest = int(newest)
         self.distinct = not replacement
 
     def draw(self, count: int, items: range) -> Array:

@@ -442,6 +442,8 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
         shape = specs[path].shape
         if not -len(shape) <= axis < len(shape):
             raise ValueError(f"{label(path)}: expected an axis of a stack of shape {shape}, found {axis}")
+        if shape[axis] == 0:
+            raise ValueError(f"{label(path)}: expected a stack of 1 frame or more, found shape {shape}")
     return [
         _Observation(path, spec, stacks[path] % len(spec.shape) if path in stacks else None, after.get(path))
         for path, spec in specs.items()

@@ -12,6 +12,7 @@ from anystore.backends.base import Array
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
 from anystore.replay.sum_tree import float_dtype, index_dtype
+from anystore.specs import as_dtype, is_extension, kind_of
 
 __all__ = ["Windows"]
 
@@ -65,7 +66,9 @@ class Windows:
     def returns(self, rewards: Array, mask: Array, terminated: Array, discount: float) -> tuple[Array, Array]:
         """The discounted sums of the rewards of windows, and what the values after them count."""
         xp = self._backend.xp
-        dtype = rewards.dtype if xp.isdtype(rewards.dtype, "real floating") else self._native("float32")
+        found = as_dtype(rewards.dtype)
+        plain_float = kind_of(found) == 2 and not is_extension(found)
+        dtype = rewards.dtype if plain_float else self._native("float32")
         powers = (discount ** np.arange(mask.shape[1] + 1)).astype(float_dtype(self._backend))
         powers = xp.astype(self._backend.from_numpy(powers), dtype)
         factors = xp.where(mask, powers[:-1][None, :], xp.zeros_like(powers[:1])[None, :])
