@@ -119,7 +119,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """The types, by mypy."""
-    install(session, "mypy==2.4.1", "ml_dtypes", extra="[torch,jax]")
+    install(session, "mypy==2.4.1", "ml_dtypes", "rich>=13", extra="[torch,jax]")
     session.run("mypy")
 
 
