@@ -389,6 +389,14 @@ class ReplayContract:
         found = sorted(window for sample in one_pass(buffer, num_steps=3) for window in stamps_of(sample.items))
         assert found == [[10, 11, 12], [20, 21, 22]]
 
+    def test_a_step_that_overwrites_what_it_goes_on_from(self) -> None:
+        """Item 4 takes the row of item 1, which item 3 of the same step follows; nobody else follows anybody then."""
+        buffer = self.make(3, lanes=2)
+        for stamps, lanes in (([0], [0]), ([1], [1]), ([2], [0]), ([3, 4], [1, 0]), ([5], [1]), ([6], [1])):
+            buffer.extend(batch(stamps), lanes=lanes)
+        found = [window for sample in one_pass(buffer, num_steps=2) for window in stamps_of(sample.items)]
+        assert found == [[5, 6]]
+
     def test_a_single_lane_by_name(self) -> None:
         buffer = self.make(4)
         for stamp in range(6):

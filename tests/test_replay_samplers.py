@@ -447,6 +447,10 @@ class TestJax(OnJax, SamplersContract):
     test_windows_where_there_are_next_to_none = None  # every size that is tried is compiled
     test_nothing_but_priority_0_among_windows = None
 
+    @pytest.mark.parametrize(("capacity", "count"), [(21, 50)])
+    def test_prioritized_by_the_exact_chances(self, capacity: int, count: int) -> None:
+        super().test_prioritized_by_the_exact_chances(capacity, count)
+
 
 class TestStrict(OnStrict, SamplersContract):
     pass
