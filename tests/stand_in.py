@@ -313,6 +313,7 @@ class ndarray:  # noqa: N801  # CuPy's name
     ndim = property(lambda self: self._array.ndim)
     size = property(lambda self: self._array.size)
     nbytes = property(lambda self: self._array.nbytes)
+    T = property(lambda self: ndarray._view(self._array.T, self._data))
     flags = property(lambda self: self._array.flags)
 
     def get(self, out: Any = None) -> Any:
@@ -335,6 +336,9 @@ class ndarray:  # noqa: N801  # CuPy's name
         return ndarray._view(self._array.view(dtype), self._data)
 
     def reshape(self, shape: Any) -> ndarray:
+        if not self._array.flags.c_contiguous:
+            self._check_device()
+            return _filled(self._host.reshape(shape))
         return ndarray._view(self._array.reshape(shape), self._data)
 
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:

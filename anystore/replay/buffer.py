@@ -267,7 +267,7 @@ class ReplayBuffer:
             "sampler": self.sampler.state(self._ring.items),
             "random": self._random.state(),
             "sampled": self._sampled,
-            "doubled": self._draws.doubled,
+            "level": self._draws.level,
         }
 
     def __len__(self) -> int:

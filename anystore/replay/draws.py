@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,8 @@ __all__ = ["Draws", "Usable"]
 Usable = Callable[[Array], Array]
 """Tells of places, the positions of items among those that may be drawn, which are of use."""
 
-_ROUNDS = 8
-"""How often more is drawn, before every item is looked at for those that are of use."""
+_HIGHEST = 9
+"""The level from which on every item is looked at, instead of drawing still more."""
 
 
 class Draws:
@@ -39,8 +40,8 @@ class Draws:
 
     Attributes
     ----------
-    doubled : int
-        How often the number of draws is, so that enough of them are of use; as it was found to be right before.
+    level : int
+        How many more are drawn than are wanted, so that enough of them are of use, as it was found to be right before.
     """
 
     def __init__(self, sampler: Sampler, random: Random, backend: Backend) -> None:
@@ -48,7 +49,7 @@ class Draws:
         self._random = random
         self._backend = backend
         self._dtype = index_dtype(backend)
-        self.doubled = 0
+        self.level = 0
 
     def draw(self, count: int, items: range, usable: Usable | None) -> Array:
         """`count` places of these items, each as likely as the sampler has it among those that are of use.
@@ -63,22 +64,31 @@ class Draws:
             return sampler.draw(count, items)
         if sampler.distinct and 2 * count > len(items):
             return self._draw_exactly(count, items, usable)
-        places = self._drawn(count << self.doubled, items)
-        while self.doubled < _ROUNDS:
+        places = self._as_places(np.empty(0, np.intp))
+        while self.level < _HIGHEST:
+            # The whole numbers that a level has, and not just as many as are missing, which would never be the same: a
+            # library that compiles does so for every shape.
+            more = self._drawn(_drawn_at(self.level, count) - places.shape[0], items)
+            places = xp.concat([places, more]) if places.shape[0] else more
             if usable is None and not sampler.distinct and self._backend.inside(places, len(items)):
+                self.level = 0
                 return places[:count]
             good = self._good(places, items, usable)
             found = int(xp.sum(xp.astype(good, places.dtype), dtype=places.dtype))
             if found >= count:
-                self.doubled -= found >= 2 * count
+                self._settle(count, found / places.shape[0])
                 return xp.take(places, self._backend.chosen(good)[:count], axis=0)
-            # As many again behind those that there are, and not just as many as are missing, whose number would never
-            # be the same: a library that compiles does so for every shape.
-            self.doubled += 1
-            places = xp.concat([places, self._drawn(places.shape[0], items)])
-        self.doubled = 0
-        good = to_numpy(self._good(places, items, usable))
-        return self._draw_exactly(count, items, usable, to_numpy(places)[good][:count])
+            self.level += 1
+        return self._draw_exactly(count, items, usable)
+
+    def _settle(self, count: int, share: float) -> None:
+        """Begin the next time at the lowest level that will do, if such a share of the draws is of use."""
+        self.level = 0
+        while self.level < _HIGHEST:
+            drawn = _drawn_at(self.level, count)
+            if drawn * share - 3 * math.sqrt(drawn * share * (1 - share)) >= count:  # three standard deviations
+                return
+            self.level += 1
 
     def every(self, count: int) -> Array:
         """All places below `count`."""
@@ -97,9 +107,11 @@ class Draws:
     def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
         """Which draws are of use."""
         xp = self._backend.xp
-        good = (places >= 0) & (places < len(items))
+        good = xp.ones_like(places, dtype=xp.bool)
+        if not self._sampler.inside:
+            good = (places >= 0) & (places < len(items))
         if usable is not None:
-            good = good & usable(xp.where(good, places, xp.zeros_like(places)))
+            good = good & usable(places if self._sampler.inside else xp.where(good, places, xp.zeros_like(places)))
         return good & self._first_of_equals(places) if self._sampler.distinct else good
 
     def _first_of_equals(self, places: Array) -> Array:
@@ -109,28 +121,21 @@ class Draws:
         new[first] = True
         return self._backend.from_numpy(new)
 
-    def _draw_exactly(
-        self, count: int, items: range, usable: Usable | None, drawn: NDArray[Any] | None = None
-    ) -> Array:
-        """The same by a look at every item, behind those that are drawn already."""
-        drawn = np.empty(0, np.intp) if drawn is None else drawn
+    def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
+        """The same by a look at every item."""
         every = self.every(len(items))
-        chances = self._sampler.chances(every, items)
-        good = to_numpy(chances > 0 if chances is not None else every >= 0).copy()
+        found = self._sampler.chances(every, items)
+        chances = np.ones(len(items)) if found is None else to_numpy(found)
+        good = chances > 0
         if usable is not None:
             good &= to_numpy(usable(every))
-        if self._sampler.distinct:
-            good[drawn] = False
-        places, missing = np.flatnonzero(good), count - len(drawn)
-        if not missing:
-            return self._as_places(drawn)
-        if len(places) + len(drawn) == 0:
+        places = np.flatnonzero(good)
+        if len(places) == 0:
             raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
-        if self._sampler.distinct and missing > len(places):
-            there = len(places) + len(drawn)
-            raise ValueError(f"expected at most {there} draws without replacement, found {count}")
-        chosen = self._chosen(len(places), missing, None if chances is None else to_numpy(chances)[places])
-        return self._as_places(np.append(drawn, places[chosen]))
+        if self._sampler.distinct and count > len(places):
+            raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
+        self._settle(count, float(min(1.0, chances[good].sum() / chances.sum())))
+        return self._as_places(places[self._chosen(len(places), count, None if found is None else chances[good])])
 
     def _chosen(self, length: int, count: int, chances: NDArray[Any] | None) -> NDArray[np.intp]:
         """`count` positions below `length`, by their chances."""
@@ -149,3 +154,8 @@ class Draws:
 
     def _as_places(self, places: NDArray[np.intp]) -> Array:
         return self._backend.from_numpy(places.astype(self._dtype))
+
+
+def _drawn_at(level: int, count: int) -> int:
+    """How many are drawn for so many: just as many, somewhat more, twice as many as that, and so on."""
+    return (count + count // 8 + 8) << (level - 1) if level else count

@@ -159,7 +159,9 @@ def in_order(column: Array, items: range) -> NDArray[Any]:
 def rows_of(places: Array, items: range, capacity: int, backend: Any) -> KnownRows:
     """The index of the items at these places."""
     start = items.start % capacity
-    rows = places if start + len(items) <= capacity and start == 0 else (places + start) % capacity
+    rows = places + start if start else places
+    if start + len(items) > capacity:  # the remainder takes three times as long
+        rows = backend.xp.where(rows < capacity, rows, rows - capacity)
     return KnownRows(backend.as_rows(rows), capacity)
 
 

@@ -224,7 +224,7 @@ class _State:
             buffer._random.restore(state["random"])
         buffer._sampled = int(state["sampled"])
         buffer._meter = Meter(buffer.total_added, buffer._sampled)
-        buffer._draws.doubled = min(max(int(state["doubled"]), 0), 8)
+        buffer._draws.level = int(state.get("level", 0))
 
 
 def _checked_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -43,11 +43,13 @@ class Windows:
             return None
 
         def whole(places: Array) -> Array:
-            steps, reached = self._follow(places, items, num_steps)
-            steps = self._backend.xp.where(reached, steps, steps[:, :1])
+            xp = self._backend.xp
+            if self._lanes.in_step:  # none of the newest items is a candidate, so that all steps are there
+                return ~xp.any(self._layout.ends(self._strided(places, num_steps - 1), items), axis=0)
+            steps, there = self._follow(places, items, num_steps)
             if at_end == "whole":
-                reached = reached[:, 1:] & ~self._layout.ends(steps[:, :-1], items)
-            return self._backend.xp.all(reached, axis=-1)
+                there = there[1:, :] & ~self._layout.ends(steps[:-1, :], items)
+            return xp.all(there, axis=0)
 
         return whole
 
@@ -56,12 +58,18 @@ class Windows:
 
         The places of the others are that of the last real one.
         """
-        steps, real = self._follow(places, items, num_steps)
-        if at_end == "pad":
-            real = self._before_ends(steps, real, items) if self._layout.knows_ends else real
-            last = self._backend.xp.max(self._backend.xp.where(real, steps, steps[:, :1]), axis=-1)
-            steps = self._backend.xp.where(real, steps, last[:, None])
-        return steps, real
+        xp = self._backend.xp
+        steps, there = self._follow(places, items, num_steps)
+        if at_end == "pad" and num_steps > 1:
+            ends = ~there[1:, :]
+            if self._layout.knows_ends:
+                within = xp.minimum(steps[:-1, :], xp.full_like(places, len(items) - 1))
+                ends = ends | self._layout.ends(within, items)
+            # Places grow along a window, so that the first of its ends is the least.
+            last = xp.min(xp.where(ends, steps[:-1, :], steps[-1:, :]), axis=0)
+            there = there & (steps <= last)
+            steps = xp.minimum(steps, last)
+        return steps.T, there.T
 
     def returns(self, rewards: Array, mask: Array, terminated: Array, discount: float) -> tuple[Array, Array]:
         """The discounted sums of the rewards of windows, and what the values after them count."""
@@ -80,26 +88,26 @@ class Windows:
         return xp.sum(xp.astype(rewards, dtype) * factors, axis=1), discounts
 
     def _follow(self, places: Array, items: range, num_steps: int) -> tuple[Array, Array]:
-        """The places of the items from each one on, and which of them are there; the others repeat the last."""
+        """The places of the items from each one on, and which of them are there, both of shape (num_steps, count).
+
+        In this order since what follows looks along the windows, and across the rows of an array is quicker. Where no
+        item is there, the place is beyond the newest, or once more the one before.
+        """
         xp = self._backend.xp
         if self._lanes.in_step:
-            strides = self._backend.from_numpy(np.arange(num_steps, dtype=self.index_dtype) * self._lanes.count)
-            steps = places[:, None] + strides[None, :]
+            steps = self._strided(places, num_steps)
             return steps, steps < len(items)
         found, there = [places], [places >= 0]
         for _ in range(num_steps - 1):
             after, is_there = self._lanes.ahead(found[-1], items)
             found.append(after)
             there.append(there[-1] & is_there)
-        return xp.stack(found, axis=1), xp.stack(there, axis=1)
+        return xp.stack(found), xp.stack(there)
 
-    def _before_ends(self, steps: Array, real: Array, items: range) -> Array:
-        """Which steps are there and not behind the end of an episode."""
-        xp = self._backend.xp
-        within = xp.where(real, steps, steps[:, :1])
-        ends = self._layout.ends(within, items) & real
-        ends = xp.astype(ends, self._native(self.index_dtype.name))
-        return real & (xp.cumulative_sum(ends, axis=1, dtype=ends.dtype) - ends == 0)
+    def _strided(self, places: Array, num_steps: int) -> Array:
+        """The same places for lanes in step, whether items are there or not."""
+        strides = np.arange(num_steps, dtype=self.index_dtype) * self._lanes.count
+        return self._backend.from_numpy(strides)[:, None] + places[None, :]
 
     def _native(self, name: str) -> Any:
         return self._backend.native_dtype(np.dtype(name))
