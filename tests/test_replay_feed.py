@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -302,6 +303,39 @@ atexit.register(release.set)  # called before what was registered before
         assert run.stderr == ""
         assert run.stdout == "drawn to the end\n"
         assert run.returncode == (3 if "Exit" in ending else 0)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without forks")
+    def test_a_forked_process_is_told_that_the_thread_is_not_there(self):
+        program = """
+import os
+from anystore.replay.feed import Batches
+from tests.test_replay_feed import Numbers
+
+started, fresh = Batches(Numbers(), 3), Batches(Numbers(), 3)
+next(started)
+if os.fork() == 0:
+    try:
+        next(started)
+    except RuntimeError as error:
+        print(error)
+    print(next(fresh).items["x"])
+    started.close()
+    fresh.close()
+    print("closed", flush=True)
+    os._exit(0)
+os.wait()
+print(next(started).items["x"])
+"""
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=WAIT
+        )
+        assert run.stderr == ""
+        assert run.stdout.splitlines() == [
+            "the batches are drawn by a thread of the parent process; make new ones in this process",
+            "[0 0 0]",
+            "closed",
+            "[1 1 1]",
+        ]
 
 
 LIBRARIES = ["numpy", "torch", "jax"]

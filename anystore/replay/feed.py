@@ -13,6 +13,7 @@ import functools
 import importlib
 import itertools
 import operator
+import os
 import queue
 import threading
 import weakref
@@ -58,6 +59,8 @@ class Batches(Iterator[Any]):
         If `prefetch` or `count` is negative, or `to` is no library that is known.
     ImportError
         If the library is not installed.
+    RuntimeError
+        From `next` in a process that was forked off when the thread was at work, which is left behind then.
 
     Notes
     -----
@@ -180,12 +183,15 @@ class _Ahead:
         self._stopped = False
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._process: int | None = None
         for _ in range(prefetch):
             self._permits.put(True)
 
     def next(self) -> Any:
         if self._thread is None:
             self._start()
+        if self._process != os.getpid():  # a fork leaves the thread behind, and there would be no end of waiting
+            raise RuntimeError("the batches are drawn by a thread of the parent process; make new ones in this process")
         batch = self._ready.get()
         if not isinstance(batch, _End):
             self._permits.put(True)
@@ -220,6 +226,7 @@ class _Ahead:
             thread = threading.Thread(target=self._run, args=(stream,), name="anystore-batches", daemon=True)
             # For each thread anew: what was registered last is called first, before the libraries clean up.
             atexit.register(self._stop_at_exit, thread)
+            self._process = os.getpid()
             thread.start()
             self._thread = thread
 
