@@ -11,7 +11,7 @@ import numpy as np
 from anystore.nests import Nest, label
 from anystore.specs import ArraySpec
 
-__all__ = ["Plan", "as_capacity", "plan"]
+__all__ = ["Plan", "as_count", "plan"]
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,21 @@ def plan(data_spec: Any, capacity: int) -> Plan:
       total                         2,822,800,000 bytes
     """
     nest = Nest(data_spec)
-    return Plan(as_capacity(capacity), dict(zip(nest.paths, nest.specs)))
+    return Plan(as_count("capacity", capacity), dict(zip(nest.paths, nest.specs)))
 
 
-def as_capacity(capacity: Any) -> int:
-    """`capacity` as an int, if it is one of at least 1.
+def as_count(name: str, count: Any, least: int = 1) -> int:
+    """A count as a user gave it, as an int.
 
     Raises
     ------
     ValueError
-        If it is not.
+        If it is no integer of `least` or more; it says of what by `name`.
     """
     try:
-        number = operator.index(capacity)
+        number = least - 1 if isinstance(count, (bool, np.bool_)) else operator.index(count)
     except TypeError:
-        number = 0
-    if number < 1 or isinstance(capacity, (bool, np.bool_)):
-        raise ValueError(f"expected a capacity of at least 1, an int, found {capacity!r}")
+        number = least - 1
+    if number < least:
+        raise ValueError(f"expected {name} to be an int of {least} or more, found {count!r:.80}")
     return number

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from anystore.backends import Backend, select_backend
 from anystore.convert import to_numpy
 from anystore.nests import Nest, example_spec, label
-from anystore.plan import Plan, as_capacity
+from anystore.plan import Plan, as_count
 from anystore.rows import Rows, find_rows, leading_shape
 from anystore.values import CASTINGS, Casting, admit
 
@@ -83,7 +83,8 @@ class Storage:
     The files of a memory-mapped storage take room on the disk as rows are written, and a process that writes a row
     when the disk is full is ended by the system (SIGBUS). After the machine has stopped, what was not flushed may be
     there in part, whereas a snapshot (`save`) is whole. Others who have it open see it in its old size after a
-    `resize`, until they open it anew.
+    `resize`, until they open it anew. A copy or a pickle of it is in memory, all of it; another process opens the
+    directory instead.
 
     The storage began as a reimplementation of ``tf_agents.utils.numpy_storage.NumpyStorage``.
 
@@ -110,7 +111,9 @@ class Storage:
     ) -> None:
         if casting not in CASTINGS:
             raise ValueError(f"expected a casting among {', '.join(CASTINGS)}, found {casting!r}")
-        self._attach(Nest(data_spec), as_capacity(capacity), select_backend(backend, device), casting)
+        if directory is None and mode != "r+":
+            raise ValueError(f"expected mode={mode!r} for memory-mapped files only; give a directory= as well")
+        self._attach(Nest(data_spec), as_count("capacity", capacity), select_backend(backend, device), casting)
         self._buffers = self._allocate(self._capacity) if directory is None else self._map(directory, mode)
 
     @classmethod
@@ -133,6 +136,13 @@ class Storage:
         """The memory-mapped storage in a directory, of the spec and capacity that it was made with.
 
         Classes of the user's own in the spec come back as `load` gives them.
+
+        Parameters
+        ----------
+        directory : path
+            Where it is.
+        mode : {"r+", "r"}, default "r+"
+            Whether it can be written to.
 
         Raises
         ------
@@ -359,12 +369,13 @@ class Storage:
 
         Saved again to the same path, a storage writes the rows that were `set` since it was last saved there or
         loaded from there. Where its buffers may have been written to without `set`, it is saved whole: once
-        `buffers`, or a live view by ``get(..., copy=False)`` or ``copy=None``, was handed out, and after `resize`.
+        `buffers`, or a live view by ``get(..., copy=False)`` or ``copy=None``, was handed out, and after `resize`. So
+        is a selection.
 
         Parameters
         ----------
         path : path
-            A directory; it is made if it is not there.
+            A directory of the snapshot's own, for no other files; it is made if it is not there, in one that is.
         keep : int, default 0
             How many of the older versions there stay loadable.
         progress : callable, optional
@@ -474,7 +485,7 @@ class Storage:
         """
         if self._selected_from is not None:
             raise ValueError("a selection has the capacity of the storage it was selected from; resize that one")
-        capacity = as_capacity(capacity)
+        capacity = as_count("capacity", capacity)
         kept = range(min(capacity, self._capacity))
         new = contextlib.nullcontext(self._allocate(capacity)) if self._mapped is None else self._replaced(capacity)
         with new as buffers:

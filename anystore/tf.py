@@ -20,7 +20,7 @@ from anystore.backends.base import Array, Buffer
 from anystore.backends.numpy import NumpyBackend
 from anystore.convert import is_array, library_of, to_numpy
 from anystore.nests import Nest, label
-from anystore.plan import as_capacity
+from anystore.plan import as_count
 from anystore.rows import Rows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
@@ -247,7 +247,7 @@ class _Storage(Storage):
         library = select_backend(backend, device)
         if library.name == "numpy":
             library = _ScalarsBackend()
-        self._attach(_TensorflowNest(_checked(data_spec)), as_capacity(capacity), library, "unsafe")
+        self._attach(_TensorflowNest(_checked(data_spec)), as_count("capacity", capacity), library, "unsafe")
         self._made: dict[int, Buffer] = {}
         self._making = threading.Lock()
 

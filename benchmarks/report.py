@@ -117,6 +117,9 @@ def draw_costs(costs: Figures, path: Path) -> None:
             color = "#d1495b" if subject == "anystore" else None
             axis.plot(curve["x"], micros, marker="o", label=subject, color=color)
         axis.set(title=title, xlabel=curve["label"], ylabel="microseconds a call", xscale="log", yscale="log")
+        least, most = axis.get_ylim()
+        middle = math.sqrt(least * most)
+        axis.set_ylim(min(least, middle / 10), max(most, middle * 10))  # or noise would fill the whole picture
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=80)

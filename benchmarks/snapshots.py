@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import pickle
-import platform
 import shutil
 import statistics
 import tempfile
@@ -29,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-import anystore
 from anystore import ArraySpec, Storage, load
+from benchmarks.measure import machine, versions
 
 ROUNDS = 5
 PIECE = 1 << 22
@@ -323,17 +322,6 @@ SECTIONS = {"numpy": of_numpy, "torchrl": of_torchrl, "tensorflow": of_tensorflo
 # What came of it ----------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
-    with open("/proc/cpuinfo", encoding="ascii") as lines:
-        names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return {
-        "when": datetime.date.today().isoformat(),
-        "cpu": f"{', '.join(names)}, {os.cpu_count()} cores",
-        "system": platform.platform(),
-        "versions": f"Python {platform.python_version()}, NumPy {np.__version__}, anystore {anystore.__version__}",
-    }
-
-
 def table(title: str, figures: dict[str, Any]) -> list[str]:
     rows = [f"| {name} | {each['seconds']:.3g} s | {each['ratio']:.3g} |" for name, each in figures.items()]
     return [f"### {title}", "", "| | median | multiple |", "|---|---:|---:|", *rows, ""]
@@ -350,9 +338,11 @@ def as_markdown(results: dict[str, Any]) -> str:
         "",
     ]
     for name, section in results.items():
-        about = section["machine"]
+        computer = section["machine"]
+        about = f"{computer['processor']}, {computer['cores']} cores, {computer['system']}"
+        found = ", ".join(f"{library} {version}" for library, version in section["versions"].items())
         size = f"{section['rows']:,} rows of {section['row_nbytes']:,} bytes, {section['nbytes'] / 1e9:.2f} GB"
-        lines += [f"## {name}", "", f"{size}; {about['cpu']}; {about['versions']}; {about['when']}.", ""]
+        lines += [f"## {name}", "", f"{size}; {section['date']}; {about}; {found}.", ""]
         for title, figures in section["figures"].items():
             if title == "get 256 rows":
                 for place, inner in figures.items():
@@ -374,7 +364,15 @@ def main() -> None:
         figures = SECTIONS[options.section](rows, root, options.rounds)
     path = RESULTS / "snapshots.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    about = {"machine": machine(), "rows": rows, "row_nbytes": ROW_NBYTES, "nbytes": rows * ROW_NBYTES}
+    today = datetime.date.today().isoformat()
+    about = {
+        "date": today,
+        "machine": machine(),
+        "versions": versions(),
+        "rows": rows,
+        "row_nbytes": ROW_NBYTES,
+        "nbytes": rows * ROW_NBYTES,
+    }
     results[options.section] = {**about, "figures": figures}
     path.write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "snapshots.md").write_text(as_markdown(results))

@@ -31,13 +31,13 @@ def test_prints_a_table():
 def test_refuses_what_is_no_spec_or_capacity():
     with pytest.raises(ValueError, match="^obs: expected an ArraySpec"):
         plan({"obs": 3}, 5)
-    with pytest.raises(ValueError, match="expected a capacity of at least 1"):
+    with pytest.raises(ValueError, match="expected capacity to be an int of 1 or more"):
         plan(SPEC, 0)
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 1.0, True, None, "10"])
 def test_a_storage_refuses_what_is_no_capacity(capacity):
-    with pytest.raises(ValueError, match="expected a capacity of at least 1, an int, found"):
+    with pytest.raises(ValueError, match="expected capacity to be an int of 1 or more, found"):
         Storage(SPEC, capacity)
 
 

@@ -621,14 +621,14 @@ class ReplayContract:
     @pytest.mark.parametrize("count", [0, -1, 1.5, True, None, "3"])
     def test_no_count(self, count: Any) -> None:
         buffer = self.stepped(6)
-        with pytest.raises(ValueError, match="^expected a batch_size of 1 or more, found "):
+        with pytest.raises(ValueError, match="^expected batch_size to be an int of 1 or more, found "):
             buffer.sample(count)
-        with pytest.raises(ValueError, match="^expected a batch_size of 1 or more, found "):
+        with pytest.raises(ValueError, match="^expected batch_size to be an int of 1 or more, found "):
             buffer.one_pass(count)
         if count is not None:
-            with pytest.raises(ValueError, match="^expected a num_steps of 1 or more, found "):
+            with pytest.raises(ValueError, match="^expected num_steps to be an int of 1 or more, found "):
                 buffer.sample(2, num_steps=count)
-            with pytest.raises(ValueError, match="^expected a n_step of 1 or more, found "):
+            with pytest.raises(ValueError, match="^expected n_step to be an int of 1 or more, found "):
                 buffer.sample(2, n_step=count)
         assert to_numpy(buffer.sample(np.int64(3), num_steps=np.uint8(2)).rows).shape == (3,)
 
@@ -687,6 +687,46 @@ class ReplayContract:
         assert buffer.sampler.highest == 1
         self.assert_twins(buffer, twin)
 
+    def test_no_rows_at_all(self) -> None:
+        buffer, twin = (self.filled(12, sampler=Prioritized()) for _ in range(2))
+        for rows in ([], (), np.empty(0, np.int64)):
+            assert buffer.update_priorities(rows, []) == 0
+        self.assert_twins(buffer, twin)
+
+    @pytest.mark.parametrize("at_end", ["pad", "whole"])
+    def test_the_ends_of_what_is_no_window(self, at_end: Any) -> None:
+        buffer = self.stepped(6)
+        for how in ({}, {"n_step": 2}):
+            for draw in (buffer.sample, buffer.one_pass):
+                with pytest.raises(ValueError, match=f'^at_end="{at_end}" is for windows; give num_steps= as well$'):
+                    draw(2, at_end=at_end, **how)
+
+    @pytest.mark.parametrize("sampler", [Prioritized, "uniform", 3], ids=str)
+    def test_what_is_no_sampler(self, sampler: Any) -> None:
+        with pytest.raises(TypeError, match=r"^expected a sampler, such as Prioritized\(\), found "):
+            self.make(sampler=sampler)
+
+    def test_the_sampler_stays(self) -> None:
+        buffer = self.make()
+        with pytest.raises(AttributeError):
+            buffer.sampler = Prioritized()  # type: ignore[misc]
+
+    def test_what_follows_an_item_beside_what_is_shared(self) -> None:
+        numbers = np.arange(20, dtype=np.int32)
+        spec = {**STEPS, **dict.fromkeys(("next_obs", "mask", "next_mask", "next_hint"), ArraySpec((), "int32"))}
+        batch = {**steps(0, 20, terminated=[9]), **dict.fromkeys(("next_obs", "next_mask", "next_hint"), numbers + 1)}
+        for following, hints in ((None, 1), (["next_obs", "next_hint"], 3)):
+            buffer = self.make(20, spec, shared={"next_mask": "mask"}, following=following)
+            buffer.extend({**batch, "mask": numbers})
+            for sample in one_pass(buffer, n_step=3):
+                row, after = to_numpy(sample.rows), to_numpy(sample.items["next_mask"])
+                assert after.tolist() == [min(each + 3, 20 if each > 9 else 10) for each in row.tolist()]
+                assert to_numpy(sample.items["next_obs"]).tolist() == after.tolist()
+                expected = after if hints == 3 else row + 1
+                assert to_numpy(sample.items["next_hint"]).tolist() == expected.tolist()
+        with pytest.raises(ValueError, match="^'next_x' is not in the spec; there are "):
+            self.make(20, spec, following=["next_obs", "next_x"])
+
     @pytest.mark.parametrize("rows", [[0.0, 1.0], [[0, 1]], 0, ["a", "b"], [True, False]], ids=str)
     def test_rows_that_are_none(self, rows: Any) -> None:
         buffer, twin = (self.filled(12, sampler=Prioritized()) for _ in range(2))
@@ -706,7 +746,7 @@ class ReplayContract:
         buffer, twin = (self.filled(10, sampler=Prioritized(alpha=alpha)) for _ in range(2))
         for priority in (largest / 2, largest / 9):
             with pytest.raises(
-                ValueError, match=f"^expected priorities whose sum is finite to the power of alpha, {alpha}"
+                ValueError, match=f"^expected priorities whose sum, each to the power of alpha={alpha}, is finite"
             ):
                 buffer.update_priorities([0, 1], [priority, 1.0])
         self.assert_twins(buffer, twin)
@@ -741,10 +781,10 @@ class ReplayContract:
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            ({"lanes": 0}, "^expected from 1 to 10 lanes, as many as rows at most, found 0$"),
-            ({"lanes": 11}, "^expected from 1 to 10 lanes, as many as rows at most, found 11$"),
-            ({"lanes": 2.0}, "^expected from 1 to 10 lanes, as many as rows at most, found 2.0$"),
-            ({"lanes": True}, "^expected from 1 to 10 lanes, as many as rows at most, found True$"),
+            ({"lanes": 0}, "^expected lanes to be an int of 1 or more, found 0$"),
+            ({"lanes": 11}, "^expected a capacity of 11 or more, a row for each lane, found 10$"),
+            ({"lanes": 2.0}, "^expected lanes to be an int of 1 or more, found 2.0$"),
+            ({"lanes": True}, "^expected lanes to be an int of 1 or more, found True$"),
             ({"reward": "rewards"}, "^'rewards' is no leaf of the spec; there are reward, terminated, truncated, x$"),
             ({"terminated": "done"}, "^'done' is no leaf of the spec; there are reward, terminated, truncated, x$"),
             ({"truncated": "x"}, r"^x: expected a flag, ArraySpec\(\(\), 'bool'\), found ArraySpec\(\(\), 'int32'\)$"),

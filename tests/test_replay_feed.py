@@ -179,7 +179,7 @@ class TestBatches:
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            ({"count": -1}, "expected count to be 0 or more, found -1"),
+            ({"count": -1}, "expected count to be an int of 0 or more, found -1"),
             ({"to": "nunpy"}, "expected a library among numpy, torch, jax, tensorflow, cupy, found 'nunpy'"),
         ],
     )
@@ -271,7 +271,7 @@ class TestAhead:
         assert all(into == sorted(into) for into in found)
 
     def test_negative(self):
-        with pytest.raises(ValueError, match="^expected prefetch to be 0 or more, found -2$"):
+        with pytest.raises(ValueError, match="^expected prefetch to be an int of 0 or more, found -2$"):
             Batches(Numbers(), 3, prefetch=-2)
 
     @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "del batches"])

@@ -479,7 +479,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("newest", [0, -1, 2.5, True, "3", None])
     def test_recent_of_none(self, newest: Any) -> None:
-        with pytest.raises(ValueError, match=f"^expected a positive number of newest items, found {newest!r}$"):
+        with pytest.raises(ValueError, match=f"^expected newest to be an int of 1 or more, found {newest!r}$"):
             Recent(newest)
 
     @pytest.mark.parametrize("name", ["alpha", "beta", "epsilon"])

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from anystore import ArraySpec, load, select_backend
+from anystore import ArraySpec, Storage, load
 from anystore.convert import to_numpy
 from anystore.replay import Prioritized, ReplayBuffer
 from anystore.replay.layouts import in_order
@@ -35,7 +35,7 @@ def counts(**changes) -> Counts:
 def episodes(ends, rewards=None, *, lanes=1, first=0) -> tuple:
     """The episodes of items, oldest first, of which these are the ends of some."""
     flags = np.asarray(ends, bool)
-    stats = Meter().read(counts(size=len(flags), lanes=lanes, first=first, ends=flags, rewards=rewards))
+    stats = Meter().read(counts(size=len(flags), lanes=lanes, gone=first, ends=flags, rewards=rewards))
     return stats.episodes, stats.mean_length, stats.mean_return
 
 
@@ -198,10 +198,12 @@ class TestInOrder:
     def test_oldest_first(self, backend, items):
         pytest.importorskip(backend)
         column = np.arange(5, dtype=np.int32) * 10
-        found = in_order(select_backend(backend).from_numpy(column), items)
+        leaf = Storage(ArraySpec((), "int32"), 5, backend=backend)
+        leaf.set(slice(None), column)
+        found = in_order(leaf, items)
         assert found.tolist() == [10 * (item % 5) for item in items]
         found[...] = 7
-        assert column.tolist() == [0, 10, 20, 30, 40]
+        assert to_numpy(leaf.get(range(5))).tolist() == column.tolist()
 
 
 class Buffer:
@@ -299,12 +301,24 @@ class ReplayBufferContract:
         stats = buffer.stats()
         assert (stats.episodes, stats.mean_length, stats.mean_return) == (1, None, None)
 
+    @pytest.mark.parametrize("lanes", [1, 2])
+    def test_episodes_since_the_buffer_was_cleared(self, lanes):
+        buffer = self.make(lanes=lanes)
+        buffer.extend({name: leaf[:1] for name, leaf in transitions(1).items()}, lanes=[lanes - 1])
+        buffer.clear()
+        items = transitions(16)
+        buffer.extend(items)
+        ended, whole = by_a_loop(items["terminated"] | items["truncated"], items["reward"], lanes, 0)
+        stats = buffer.stats()
+        assert (stats.size, stats.episodes) == (16, ended)
+        assert [stats.mean_length, stats.mean_return] == [np.mean(column) for column in list(zip(*whole))[1:]]
+
     def test_nothing_that_tells_of_episodes(self):
         buffer = ReplayBuffer(ArraySpec((), "float32"), 10, **self.options)
         buffer.extend(np.zeros(4, np.float32))
         stats = buffer.stats()
         assert (stats.episodes, stats.mean_length, stats.mean_return, stats.priorities) == (None, None, None, None)
-        assert stats.bytes == buffer.nbytes == 40
+        assert stats.nbytes == buffer.nbytes == 40
 
     def test_sampled(self):
         buffer = self.make()

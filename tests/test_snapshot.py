@@ -567,8 +567,26 @@ class TestVersions:
         old.save(path)
         assert_same(load(path, like=SPEC).get(...), batch([77, 1, 2, 3, 4, 5, 6, 7, 8, 9]))
 
+    def test_an_older_version_that_is_damaged_may_be_given_up(self, path):
+        store = filled()
+        store.save(path)
+        store.save(path, keep=1)
+        older = path / "manifest-000001.json"
+        older.write_bytes(b"{}")
+        with pytest.raises(SnapshotError, match=r"manifest-000001.json: .*; remove this file to give up the older"):
+            store.save(path, keep=1)
+        older.unlink()
+        store.save(path, keep=1)
+        assert_same(load(path, version=2, like=SPEC).get(...), store.get(...))
+
+    @pytest.mark.parametrize("keep", [1.5, None, True])
+    def test_refuses_to_keep_what_is_no_number(self, path, keep):
+        with pytest.raises(ValueError, match="expected keep to be an int of 0 or more, found"):
+            filled().save(path, keep=keep)
+        assert not path.exists()
+
     def test_refuses_to_keep_less_than_none(self, path):
-        with pytest.raises(ValueError, match="expected to keep 0 or more versions, found -1"):
+        with pytest.raises(ValueError, match="expected keep to be an int of 0 or more, found -1"):
             filled().save(path, keep=-1)
 
 

@@ -202,6 +202,60 @@ def test_writes_what_was_added_since(path):
     assert set(entries) == {"items", "marks", "records"}
 
 
+def test_looking_at_stats_does_not_make_it_write_more(path):
+    buffer, walk = started("numpy", Uniform, LAYOUTS["stacks"])
+    buffer.save(path)
+    buffer.stats()
+    buffer.extend(walk.step())
+    buffer.save(path)
+    for name in ("items", "marks"):
+        layers = read_manifest(path / "manifest.json").storages[name].layers
+        assert [layer.count for layer in layers] == [CAPACITY, 1]
+
+
+def test_a_leaf_of_any_name(path):
+    """The state holds arrays by the paths of leaves."""
+    spec = {name: ArraySpec((), "float32") for name in ("array", "next_array", "a/b")}
+    buffer = ReplayBuffer(spec, 4, shared={"next_array": "array"}, seed=0)
+    numbers = np.arange(6, dtype=np.float32)
+    buffer.extend({"array": numbers, "next_array": numbers + 1, "a/b": numbers})
+    buffer.save(path)
+    found = load(path)
+    assert_same(found.sample(8).items, buffer.sample(8).items)
+
+
+def test_as_many_episodes_as_there_are_items(path):
+    """What is kept of each is an array, and not text in a manifest whose size is limited."""
+    count = 60_000
+    spec = {name: ArraySpec((), "int32") for name in ("obs", "next_obs")} | {"terminated": ArraySpec((), "bool")}
+    buffer = ReplayBuffer(spec, count, shared={"next_obs": "obs"}, seed=0)
+    numbers = np.arange(count, dtype=np.int32)
+    buffer.extend({"obs": 2 * numbers, "next_obs": 2 * numbers + 1, "terminated": np.ones(count, bool)})
+    buffer.save(path)
+    assert (path / "manifest.json").stat().st_size < count
+    found = load(path)
+    assert_same(found.sample(100).items, buffer.sample(100).items)
+
+
+def test_settings_that_are_numbers_of_numpy(path):
+    buffer, _ = started("numpy", Prioritized, {})
+    buffer.sampler.beta = np.float32(0.5)
+    buffer.save(path)
+    assert load(path).sampler.beta == 0.5
+
+
+def test_a_state_that_cannot_be_written(path):
+    buffer, walk = started("numpy", Oldest, {})
+    buffer.save(path)
+    names = sorted(each.name for each in path.iterdir())
+    buffer.sampler.offset = {1, 2}
+    buffer.extend(walk.step())
+    with pytest.raises(TypeError, match="as the state of the sampler, a Oldest .*set is not JSON"):
+        buffer.save(path)
+    assert sorted(each.name for each in path.iterdir()) == names
+    assert load(path, sampler=Oldest()).total_added == buffer.total_added - 1
+
+
 def test_an_empty_and_a_cleared_buffer(path):
     buffer = ReplayBuffer(SPEC, CAPACITY, seed=0, sampler=Prioritized())
     buffer.save(path)
@@ -236,6 +290,8 @@ def test_a_sampler_of_the_users_own(path):
     buffer.save(path)
     with pytest.raises(SnapshotError, match="manifest.json: its sampler is a 'Oldest'; pass a new one as sampler="):
         load(path)
+    with pytest.raises(SnapshotError, match="its sampler is a 'Oldest'; pass a new one as sampler=, found a Recent"):
+        load(path, sampler=Recent(3))
     found = load(path, sampler=Oldest())
     assert found.sample(2).rows.tolist() == buffer.sample(2).rows.tolist()
     assert found.sampler.offset == 4
@@ -269,6 +325,8 @@ def test_kinds_are_not_mixed(path, tmp_path):
     Storage(SPEC, 3).save(tmp_path / "other")
     with pytest.raises(SnapshotError, match="expected a snapshot of kind replay, found one of storage"):
         buffer.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="sampler= is for a replay buffer, and this is none"):
+        load(tmp_path / "other", sampler=Uniform())
 
 
 def test_a_forged_state_is_refused(path):

@@ -372,7 +372,7 @@ def test_a_nest_without_leaves_is_refused() -> None:
 
 @pytest.mark.parametrize("capacity", [0, -1, 1.5, True, None])
 def test_a_capacity_that_is_none_is_refused_at_once(capacity: Any) -> None:
-    with pytest.raises(ValueError, match="expected a capacity of at least 1"):
+    with pytest.raises(ValueError, match="expected capacity to be an int of 1 or more"):
         NumpyStorage(PLAIN, capacity)
 
 

@@ -6,7 +6,7 @@ import functools
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
 from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, label
-from anystore.plan import as_capacity
+from anystore.plan import as_count
 from anystore.replay.draws import Draws, Usable
 from anystore.replay.feed import Batches
 from anystore.replay.lanes import Lanes
@@ -46,17 +46,18 @@ class Sample:
     Attributes
     ----------
     items : nest of arrays
-        Of the types of the spec. Each leaf has ``(batch_size,)`` in front, for windows ``(batch_size, num_steps)``.
-    rows : array of integers, shape (batch_size,)
+        Of the containers and dtypes of the spec, but for the reward of n-step returns, which is float32 where that of
+        the spec is no float. Each leaf has ``(batch_size,)`` in front, for windows ``(batch_size, num_steps)``.
+    rows : array of int64, shape (batch_size,)
         Which items they are, or which ones the windows begin with; for `ReplayBuffer.update_priorities`. They are
-        running numbers: ``rows % capacity`` are the rows of the storage.
-    weights : array of floats, shape (batch_size,), or None
+        running numbers: ``rows % capacity`` are the rows of the storage. Of int32 where the library has no int64.
+    weights : array of float32, shape (batch_size,), or None
         Importance weights, the largest of them 1; None where all are as likely.
     mask : array of bool, shape (batch_size, num_steps), or None
         Which steps of padded windows are real.
     discounts : array of floats, shape (batch_size,), or None
         For n-step returns, what the value of the following observation counts: the discount to the power of the number
-        of steps, 0 where the episode terminated.
+        of steps, 0 where the episode terminated. Of the dtype of the reward.
     """
 
     items: Any
@@ -85,28 +86,36 @@ class ReplayBuffer:
         go on from it. A sample holds them all as they were added.
     stacks : mapping of str to int, optional
         Leaves that are stacks of successive frames, newest last, and the axis of the stack in the shape of the leaf:
-        ``{"obs": 0}``. They are stored frame by frame, and put together when sampled, just as they were added. While
-        an episode that has lost its first items to the ring goes on, so many of its oldest items are not sampled as
-        frames are missing.
-    reward, terminated, truncated, following : str, optional
+        ``{"obs": 0}``. They are stored frame by frame, and put together when sampled, just as they were added. Once
+        older items were overwritten, the oldest are not sampled: of each lane one less than the deepest stack has
+        frames, and with lanes out of step those others of which frames are gone.
+    reward, terminated, truncated : str, optional
         Where these are in an item: the leaf of the reward; the bool leaves that say that the episode ended with it or
-        was broken off after it; the part that is the observation after it. By default the parts of the names
-        "reward", "terminated", "truncated", "next_obs", where there are such. Samplers that need one say so.
+        was broken off after it. By default the leaves "reward", "terminated" and "truncated", where there are such of
+        that dtype. What needs one says so.
+    following : str or sequence of str, optional
+        The parts that are what comes after the item, such as the next observation, for n-step returns; "next_obs" by
+        default, where there is one. Those in `shared` always are.
     backend, device, casting
         As for `Storage`.
     seed : int, optional
         What the draws follow from: the same seed gives the same draws on the same backend.
 
+    Attributes
+    ----------
+    lock : threading.RLock
+        Held by every method while it works.
+
     Raises
     ------
-    ValueError, ImportError, MemoryError
-        As `Storage`; and if there are not enough rows for the lanes, or a path is not in the spec.
+    ValueError, TypeError, ImportError, MemoryError
+        As `Storage`; and if there are not enough rows for the lanes, a path is not in the spec, or the sampler is none.
 
     Notes
     -----
-    Every method holds `lock` while it works, so any number of threads may add and sample: an item is sampled whole or
-    not at all. Hold it yourself to do several things as one. What a sample holds is a copy that nobody changes. Read
-    `storage` only under the lock.
+    Any number of threads may add and sample: an item is sampled whole or not at all. Hold `lock` yourself to do several
+    things as one, and to read `storage`; `size` and `total_added` may be read at any time. What a sample holds is a
+    copy that nobody changes.
 
     A write that is refused changes nothing.
 
@@ -134,16 +143,16 @@ class ReplayBuffer:
         reward: str | None = None,
         terminated: str | None = None,
         truncated: str | None = None,
-        following: str | None = None,
+        following: str | Sequence[str] | None = None,
         backend: Any = "numpy",
         device: Any = None,
         casting: Casting = "same_kind",
         seed: int | None = None,
     ) -> None:
-        capacity = as_capacity(capacity)
-        if isinstance(lanes, bool) or not isinstance(lanes, (int, np.integer)) or not 1 <= lanes <= capacity:
-            raise ValueError(f"expected from 1 to {capacity} lanes, as many as rows at most, found {lanes!r}")
-        lanes = int(lanes)
+        capacity = as_count("capacity", capacity)
+        lanes = as_count("lanes", lanes)
+        if lanes > capacity:
+            raise ValueError(f"expected a capacity of {lanes} or more, a row for each lane, found {capacity}")
         self.lock = threading.RLock()
         self._nest = Nest(data_spec)
         self._backend = select_backend(backend, device)
@@ -163,7 +172,7 @@ class ReplayBuffer:
             "reward": self._reward,
             "terminated": self._terminated,
             "truncated": self._truncated,
-            "following": following,
+            "following": following if following is None or isinstance(following, str) else list(following),
         }
         self._layout: Plain
         if shared or stacks:
@@ -172,13 +181,15 @@ class ReplayBuffer:
             self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, *flags)
         self._windows = Windows(self._layout, self._lanes, self._backend)
         self._random = self._backend.random(seed)
-        self.sampler = Uniform() if sampler is None else sampler
-        self.sampler.open(capacity, self._backend, self._random)
+        self._sampler = Uniform() if sampler is None else sampler
+        if not isinstance(self._sampler, Sampler):
+            raise TypeError(f"expected a sampler, such as Prioritized(), found {sampler!r:.80}")
+        self._sampler.open(capacity, self._backend, self._random)
         # So that running numbers fit into what the library counts in; a multiple of the capacity.
         most = 2 ** (8 * self._windows.index_dtype.itemsize - 1)
         self._period = capacity * (most // capacity - 1) or capacity
         self._sampled = 0
-        self._draws = Draws(self.sampler, self._random, self._backend)
+        self._draws = Draws(self._sampler, self._random, self._backend)
         self._meter = Meter()
 
     # Where things are -----------------------------------------------------------------------------------------------
@@ -198,14 +209,14 @@ class ReplayBuffer:
             raise ValueError(f"{label(path)}: expected a flag, ArraySpec((), {dtype!r}), found {spec}")
         return path
 
-    def _paths_after(self, following: str | None, shared: Mapping[str, str]) -> tuple[str, ...]:
+    def _paths_after(self, following: str | Sequence[str] | None, shared: Mapping[str, str]) -> tuple[str, ...]:
         """The paths of the leaves of what follows an item."""
-        parts = list(shared) if following is None else [following]
-        parts = parts or ["next_obs"]
-        found = tuple(path for path in self._nest.paths for part in parts if below(path, part))
-        if following is not None and not found:
-            raise ValueError(f"{following!r} is not in the spec; there are {', '.join(map(label, self._nest.paths))}")
-        return found
+        named = [following] if isinstance(following, str) else list(following or [])
+        for part in named:
+            if not any(below(path, part) for path in self._nest.paths):
+                raise ValueError(f"{part!r} is not in the spec; there are {', '.join(map(label, self._nest.paths))}")
+        parts = [*shared, *(["next_obs"] if following is None else named)]
+        return tuple(path for path in self._nest.paths if any(below(path, part) for part in parts))
 
     @property
     def data_spec(self) -> Any:
@@ -216,6 +227,11 @@ class ReplayBuffer:
     def capacity(self) -> int:
         """How many items are kept."""
         return self._ring.capacity
+
+    @property
+    def sampler(self) -> Sampler:
+        """What draws the items; its settings may be changed, such as the `beta` of `Prioritized`."""
+        return self._sampler
 
     @property
     def lanes(self) -> int:
@@ -264,18 +280,21 @@ class ReplayBuffer:
             "ring": self._ring.state(),
             "lanes": self._lanes.state(),
             "layout": self._layout.state(),
-            "sampler": self.sampler.state(self._ring.items),
+            "sampler": self._sampler.state(self._ring.items),
             "random": self._random.state(),
             "sampled": self._sampled,
             "level": self._draws.level,
         }
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a ReplayBuffer is not copied or pickled; save it, and bring it back by anystore.load")
 
     def __len__(self) -> int:
         return self.size
 
     def __repr__(self) -> str:
         head = f"{len(self)} of {self.capacity} items, {self.total_added} added, on {self.device}"
-        return f"ReplayBuffer({head}, {type(self.sampler).__name__})\n{self.storage!r}"
+        return f"ReplayBuffer({head}, {type(self._sampler).__name__})\n{self.storage!r}"
 
     # Writing --------------------------------------------------------------------------------------------------------
 
@@ -323,7 +342,7 @@ class ReplayBuffer:
     def _advance(self, count: int) -> None:
         self._ring.advance(count)
         newest = min(count, self._ring.capacity)
-        self.sampler.added(range(self._ring.total - newest, self._ring.total))
+        self._sampler.added(range(self._ring.total - newest, self._ring.total))
 
     def _count(self, batch: Any) -> int:
         """How many items a batch has."""
@@ -353,7 +372,7 @@ class ReplayBuffer:
             self._ring.clear()
             self._lanes.clear()
             self._layout.clear()
-            self.sampler.clear()
+            self._sampler.clear()
 
     def save(
         self, path: str | os.PathLike[str], *, keep: int = 0, progress: Callable[[int, int], None] | None = None
@@ -434,7 +453,7 @@ class ReplayBuffer:
             candidates, usable = self._choice(items, how)
             drawn = self._draws.draw(batch_size, candidates, usable)
             self._sampled += batch_size
-            return self._sample_of(drawn, candidates, items, how, self.sampler.weights(drawn, candidates))
+            return self._sample_of(drawn, candidates, items, how, self._sampler.weights(drawn, candidates))
 
     def one_pass(
         self,
@@ -445,10 +464,15 @@ class ReplayBuffer:
         n_step: int | None = None,
         discount: float = 0.99,
     ) -> Iterator[Sample]:
-        """Every item, or window, that is there now, once, in random order; the last batch may be smaller.
+        """Every item, or window, that can be sampled now, once, in random order; the last batch may be smaller.
 
         Takes what `sample` takes; the sampler has no part in it. Items that are overwritten before their turn has come
         are left out.
+
+        Raises
+        ------
+        ValueError
+            As `sample`, at once.
         """
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
@@ -484,10 +508,10 @@ class ReplayBuffer:
         """How many of the oldest items cannot be read, and what tells of others whether they are of use."""
         oldest = self._layout.margin * self._lanes.count if self._ring.overwrote else 0
         tests = []
-        if (whole := self._windows.whole(how.num_steps or 1, how.at_end, items)) is not None:
-            tests.append(whole)
-        if oldest and not self._lanes.in_step:
-            tests.append(lambda places: self._layout.whole(places, items))
+        if (beginning := self._windows.beginning(how.num_steps or 1, how.at_end, items)) is not None:
+            tests.append(beginning)
+        if isinstance(self._layout, Shared) and oldest and not self._lanes.in_step:
+            tests.append(functools.partial(self._layout.readable, items=items))
         return oldest, tests
 
     def _choice(self, items: range, how: _How) -> tuple[range, Usable | None]:
@@ -605,12 +629,14 @@ class ReplayBuffer:
                 chosen = backend.chosen(there)[:count]
                 places, values = xp.take(places, chosen, axis=0), xp.take(values, chosen, axis=0)
             if count:
-                self.sampler.update((places + items.start % self._ring.capacity) % self._ring.capacity, values)
+                self._sampler.update((places + items.start % self._ring.capacity) % self._ring.capacity, values)
             return count
 
     def _as_numbers(self, rows: Any) -> Array:
         """Running numbers as a user gave them, on the device."""
         array = rows if is_array(rows) else np.asarray(rows)
+        if array.shape == (0,) and isinstance(rows, (list, tuple)):
+            array = array.astype(np.intp)
         if len(array.shape) != 1 or as_dtype(array.dtype).kind not in "iu":
             raise TypeError(f"expected rows as in Sample.rows, a flat array of integers, found {rows!r:.80}")
         brought = self._backend.bring(array, self._windows.index_dtype)
@@ -627,11 +653,11 @@ class ReplayBuffer:
                 total_added=self._ring.total,
                 total_sampled=self._sampled,
                 nbytes=self.nbytes,
-                first=items.start,
+                gone=-len(items) % self._lanes.count + self._lanes.count * self._ring.overwrote,
                 lanes=self._lanes.count if self._lanes.in_step else None,
                 ends=self._layout.every_end(items) if self._layout.knows_ends else None,
                 rewards=None if self._reward is None else self._layout.every(self._reward, items),
-                priorities=to_numpy(self.sampler.priorities(some)) if isinstance(self.sampler, Prioritized) else None,
+                priorities=to_numpy(self._sampler.priorities(some)) if isinstance(self._sampler, Prioritized) else None,
             )
 
     def stats(self) -> Stats:
@@ -652,9 +678,9 @@ class ReplayBuffer:
             If it is another.
         """
         with self.lock, self._backend.stream():
-            if not isinstance(self.sampler, Prioritized):
-                raise TypeError(f"a {type(self.sampler).__name__} sampler has no priorities; use Prioritized")
-            return self.sampler.priorities(self._ring.items)
+            if not isinstance(self._sampler, Prioritized):
+                raise TypeError(f"a {type(self._sampler).__name__} sampler has no priorities; use Prioritized")
+            return self._sampler.priorities(self._ring.items)
 
 
 def below(path: str, part: str) -> bool:
@@ -679,23 +705,8 @@ class _How(NamedTuple):
             raise ValueError("expected num_steps for windows or n_step for n-step returns, found both")
         if at_end not in ("cross", "pad", "whole"):
             raise ValueError(f'expected at_end to be "cross", "pad" or "whole", found {at_end!r}')
+        if num_steps is None and at_end != "cross":
+            raise ValueError(f'at_end="{at_end}" is for windows; give num_steps= as well')
         if not isinstance(discount, (int, float, np.number)) or not 0 <= discount < float("inf"):
             raise ValueError(f"expected a finite discount of 0 or more, found {discount!r}")
-        return cls(num_steps, at_end if num_steps is not None else "cross", n_step, discount)
-
-
-def as_count(name: str, count: Any) -> int:
-    """A count as a user gave it.
-
-    Raises
-    ------
-    ValueError
-        If it is no positive integer.
-    """
-    try:
-        number = 0 if isinstance(count, (bool, np.bool_)) else operator.index(count)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"expected a {name} of 1 or more, found {count!r}")
-    return number
+        return cls(num_steps, at_end, n_step, discount)

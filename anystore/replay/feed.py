@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import importlib
 import itertools
-import operator
 import os
 import queue
 import threading
@@ -25,6 +24,7 @@ from typing import Any
 from anystore.convert import is_array, to_numpy
 from anystore.handover import to_library
 from anystore.nests import children
+from anystore.plan import as_count
 
 __all__ = ["Batches", "tf_dataset", "torch_dataset"]
 
@@ -56,7 +56,7 @@ class Batches(Iterator[Any]):
     Raises
     ------
     ValueError
-        If `prefetch` or `count` is negative, or `to` is no library that is known.
+        If `prefetch` or `count` is no integer of 0 or more, or `to` is no library that is known.
     ImportError
         If the library is not installed.
     RuntimeError
@@ -102,8 +102,8 @@ class Batches(Iterator[Any]):
         count: int | None = None,
         **options: Any,
     ) -> None:
-        prefetch = _as_count("prefetch", prefetch)
-        turns = itertools.repeat(None) if count is None else itertools.repeat(None, _as_count("count", count))
+        prefetch = as_count("prefetch", prefetch, 0)
+        turns = itertools.repeat(None) if count is None else itertools.repeat(None, as_count("count", count, 0))
         draw: Callable[[], Any] = functools.partial(buffer.sample, batch_size, **options)
         self._hand_over: Callable[[Any], Any] | None = None
         if to is not None:
@@ -247,13 +247,6 @@ class _Ahead:
         # A daemon thread that is still at work in a library when Python ends may bring the process down.
         self.stop()
         thread.join(_LAST_WAIT)
-
-
-def _as_count(name: str, count: int) -> int:
-    number = operator.index(count)
-    if number < 0:
-        raise ValueError(f"expected {name} to be 0 or more, found {number}")
-    return number
 
 
 def _is_on_gpu(buffer: Any) -> bool:

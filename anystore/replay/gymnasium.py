@@ -39,7 +39,7 @@ def transition_spec(env: Any, *, reward: DTypeLike = "float32", floats: DTypeLik
     reward : dtype-like, default "float32"
         The dtype of rewards, of which an environment says nothing.
     floats : dtype-like, optional
-        The dtype of all floats in observations and actions; None keeps those of the spaces. For environments with
+        The float dtype of all floats in observations and actions; None keeps those of the spaces. For environments with
         observations of float64 that should take half the memory, or go to a library that has no float64.
 
     Returns
@@ -152,6 +152,10 @@ class Recorder:
         count = _num_envs(env)
         self.buffer = buffer
         self.autoreset = _autoreset_of(env) if autoreset is None else _as_autoreset(autoreset)
+        if count is None and self.autoreset == "same_step":
+            raise ValueError(
+                'a single environment is never reset within the same step; pass autoreset="next_step" or "disabled"'
+            )
         self._lead = () if count is None else (count,)
         if buffer.lanes != (count or 1):
             raise ValueError(
@@ -219,7 +223,7 @@ class Recorder:
             If the observation does not fit the spec, or the lanes are not among the environments.
         """
         leaves = self._checked(obs)
-        chosen = self._chosen(lanes)
+        chosen = self.buffer._lanes.named(lanes)
         if len(chosen) < len(self._running):
             if self._obs is None:
                 raise ValueError("no environment was reset so far; reset all of them first, without lanes=")
@@ -284,20 +288,6 @@ class Recorder:
                 where = label(f"obs/{path}" if path else "obs")
                 raise ValueError(f"{where}: expected shape {self._lead + spec.shape}, found {shape}")
         return leaves
-
-    def _chosen(self, lanes: Any) -> NDArray[np.intp]:
-        """The lanes that the user named, as integers."""
-        count = len(self._running)
-        if lanes is None:
-            return self._all
-        named = np.asarray(lanes)
-        if named.dtype == np.bool_ and named.shape == (count,):
-            return np.flatnonzero(named)
-        if named.size == 0:
-            return np.zeros(0, np.intp)
-        if named.dtype.kind not in "iu" or named.ndim != 1 or named.min() < 0 or named.max() >= count:
-            raise ValueError(f"expected lanes below {count}, or a mask of {count}, found {lanes!r:.80}")
-        return np.unique(named).astype(np.intp)
 
     def _flags(self, name: str, flags: Any) -> NDArray[np.bool_]:
         return self._on_host(name, flags, ()).astype(bool)

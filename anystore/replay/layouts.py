@@ -50,6 +50,7 @@ class Plain:
         self._select = functools.lru_cache(maxsize=16)(storage.select)
         flags = [path for path in (terminated, truncated) if path is not None]
         self._ends = storage.select(*flags) if flags else None
+        self._flags = flags
         self._truncated = None if truncated is None else storage.select(truncated)
 
     @property
@@ -115,10 +116,6 @@ class Plain:
         going_on = ~to_numpy(self.ends(places, items))
         self._truncated.set(numbers[going_on] % self._ring.capacity, True)
 
-    def whole(self, places: Array, items: range) -> Array | None:
-        """Whether each of these items can be read; None if all can."""
-        return None
-
     def read(self, places: Array, items: range, paths: tuple[str, ...] | None = None) -> Any:
         """The items at these places; or a dict of some of their parts, by path."""
         storage = self.storages["items"]
@@ -129,14 +126,11 @@ class Plain:
 
     def every_end(self, items: range) -> NDArray[Any]:
         """What `ends` says of all items, oldest first, in main memory: many times faster than by their places."""
-        assert self._ends is not None
-        flags = self._ends.buffers
-        columns = flags.values() if isinstance(flags, dict) else [flags]
-        return functools.reduce(operator.or_, [in_order(column, items) for column in columns])
+        return functools.reduce(operator.or_, [in_order(self._select(path), items) for path in self._flags])
 
     def every(self, path: str, items: range) -> NDArray[Any]:
         """The leaf at a path of all items, oldest first, in main memory."""
-        return in_order(self._select(path).buffers, items)
+        return in_order(self._select(path), items)
 
     def clear(self) -> None:
         """All items are gone."""
@@ -149,19 +143,20 @@ class Plain:
         """Be as the layout was that `state` is of."""
 
 
-def in_order(column: Array, items: range) -> NDArray[Any]:
-    """A copy in main memory of what a buffer of all rows has for these items, oldest first."""
-    rows, start = to_numpy(column), items.start % column.shape[0]
-    oldest = rows[start : start + len(items)]
-    return np.concatenate([oldest, rows[: len(items) - len(oldest)]])
+def in_order(leaf: Storage, items: range) -> NDArray[Any]:
+    """A copy in main memory of what the storage of one leaf has for these items, oldest first."""
+    start = items.start % leaf.capacity
+    stop = min(start + len(items), leaf.capacity)
+    runs = [slice(start, stop), slice(0, len(items) - (stop - start))]
+    # Copies, since a storage whose live rows were given away is saved whole ever after.
+    return np.concatenate([to_numpy(leaf.get(run, copy=True)) for run in runs])
 
 
 def rows_of(places: Array, items: range, capacity: int, backend: Any) -> KnownRows:
     """The index of the items at these places."""
     start = items.start % capacity
     rows = places + start if start else places
-    if start + len(items) > capacity:  # the remainder takes three times as long
-        rows = backend.xp.where(rows < capacity, rows, rows - capacity)
+    rows = rows % capacity if start + len(items) > capacity else rows
     return KnownRows(backend.as_rows(rows), capacity)
 
 

@@ -36,7 +36,8 @@ class Ring:
     @property
     def items(self) -> range:
         """The numbers of the items that are there, oldest first."""
-        return range(max(self._cleared, self.total - self.capacity), self.total)
+        total = self.total  # once, for those who ask without the lock of the buffer
+        return range(max(self._cleared, total - self.capacity), total)
 
     @property
     def overwrote(self) -> bool:

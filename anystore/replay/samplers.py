@@ -12,6 +12,7 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
 from anystore.convert import is_array, to_numpy
+from anystore.plan import as_count
 from anystore.replay.sum_tree import SumTree, float_dtype, index_dtype
 
 __all__ = ["Prioritized", "Recent", "Sampler", "Uniform"]
@@ -55,7 +56,11 @@ class Sampler(ABC):
         """
 
     def chances(self, places: Array, items: range) -> Array | None:
-        """How likely `draw` finds each of these places, up to a factor; None if all are as likely."""
+        """How likely `draw` finds each of these places, up to a factor; None if all are as likely.
+
+        To be defined wherever `draw` favours some items: where few of its draws are of use, and without replacement,
+        the buffer draws by these.
+        """
         return None
 
     def weights(self, places: Array, items: range) -> Array | None:
@@ -116,9 +121,7 @@ class Recent(Sampler):
     inside = True
 
     def __init__(self, newest: int, *, replacement: bool = True) -> None:
-        if isinstance(newest, bool) or not isinstance(newest, (int, np.integer)) or newest < 1:
-            raise ValueError(f"expected a positive number of newest items, found {newest!r}")
-        self.newest = int(newest)
+        self.newest = as_count("newest", newest)
         self.distinct = not replacement
 
     def draw(self, count: int, items: range) -> Array:
@@ -147,7 +150,8 @@ class Prioritized(Sampler):
     Attributes
     ----------
     highest : float
-        The highest priority that there was; what items have until they are updated. 1 at first.
+        The highest priority that there ever was, also before a `clear`; what items have until they are updated. 1 at
+        first.
 
     Notes
     -----
@@ -198,7 +202,8 @@ class Prioritized(Sampler):
         highest = max(self.highest, float(self.backend.xp.max(priorities)))
         if self.alpha * math.log(highest + self.epsilon) > math.log(self._most):
             raise ValueError(
-                f"expected priorities whose sum is finite to the power of alpha, {self.alpha}, found {highest}"
+                f"expected priorities whose sum, each to the power of alpha={self.alpha}, is finite, found {highest}; "
+                "clip them"
             )
         self.highest = highest
         self._tree.set(rows, (priorities + self.epsilon) ** self.alpha)

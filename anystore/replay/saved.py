@@ -50,9 +50,10 @@ def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, p
             "data_spec": describe(buffer.data_spec),
             "capacity": buffer.capacity,
             "sampler_class": type(buffer.sampler).__name__,
-            "sampler_settings": _settings(buffer.sampler),
+            "sampler_settings": _without_arrays(_settings(buffer.sampler), "settings", arrays),
             "buffer": _without_arrays(buffer._state(), "", arrays),
         }
+        _check_state(state)
         storages = buffer._storages()
         save_snapshot(path, storages, kind="replay", state=state, arrays=arrays, keep=keep, progress=progress)
 
@@ -63,11 +64,24 @@ def _settings(sampler: Sampler) -> dict[str, Any] | None:
     return _SETTINGS[name](sampler) if type(sampler) is _CLASSES.get(name) else None
 
 
+def _check_state(state: dict[str, Any]) -> None:
+    """Check that the state can be written down, before anything is written."""
+    try:
+        json.dumps(state, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "expected numbers, strings, and NumPy arrays by name as the state of the sampler, "
+            f"a {state['sampler_class']} ({error})"
+        ) from None
+
+
 def _without_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:
-    """The state with the names of its arrays in their places; the arrays are added to `arrays`."""
+    """The state with None in the places of its arrays, which are added to `arrays` by their paths."""
     if isinstance(node, np.ndarray):
+        if path in arrays:
+            raise ValueError(f"expected one array of the name {path!r} in the state of the sampler, found two")
         arrays[path] = node
-        return {"array": path}
+        return None
     if isinstance(node, dict):
         return {key: _without_arrays(value, f"{path}/{key}" if path else key, arrays) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -75,12 +89,15 @@ def _without_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> An
     return node.item() if isinstance(node, np.generic) else node
 
 
-def _with_arrays(node: Any, arrays: dict[str, NDArray[Any]]) -> Any:
+def _with_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:
+    """The state with its arrays in their places."""
+    if path in arrays:
+        return arrays[path]
     if isinstance(node, dict):
-        if node.keys() == {"array"}:
-            return arrays[node["array"]]
-        return {key: _with_arrays(value, arrays) for key, value in node.items()}
-    return [_with_arrays(value, arrays) for value in node] if isinstance(node, list) else node
+        return {key: _with_arrays(value, f"{path}/{key}" if path else key, arrays) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_arrays(value, f"{path}/{number}", arrays) for number, value in enumerate(node)]
+    return node
 
 
 def load_buffer(
@@ -109,10 +126,8 @@ def load_buffer(
         nest = fitting(nest, Nest(getattr(like, "data_spec", like)), snapshot.path)
     if backend is None:
         backend = getattr(like, "backend", "numpy")
-    if sampler is None:
-        sampler = state.new_sampler()
+    sampler = state.new_sampler() if sampler is None else state.checked(sampler)
     capacity = state.capacity if capacity is None else capacity
-    snapshot.check()
     buffer = state.new_buffer(nest.data_spec, capacity, sampler, backend, device)
     with Progress("loading", snapshot.rows_nbytes(*snapshot.manifest.storages), progress) as bar:
         state.fill(buffer, bar)
@@ -129,7 +144,7 @@ class _State:
         self.capacity: int = state["capacity"]
         self._class: str = state["sampler_class"]
         self._settings: dict[str, Any] | None = state["sampler_settings"]
-        self._state: dict[str, Any] = _with_arrays(state["buffer"], snapshot.arrays())
+        self._state: dict[str, Any] = _with_arrays(state["buffer"], "", snapshot.arrays())
         ring = self._state["ring"]
         oldest, total = ring["oldest"], ring["total"]
         if not 0 <= oldest <= total < 2**62 or not total - oldest <= self.capacity:
@@ -153,6 +168,21 @@ class _State:
             sampler: Sampler = _CLASSES[self._class](**self._settings)
         except (TypeError, ValueError) as error:
             raise SnapshotError(f"{self._where}: expected the settings of a {self._class} ({error})") from None
+        return sampler
+
+    def checked(self, sampler: Sampler) -> Sampler:
+        """A sampler that the user made.
+
+        Raises
+        ------
+        SnapshotError
+            If it is not of the class of the one that was saved.
+        """
+        if type(sampler).__name__ != self._class:
+            raise SnapshotError(
+                f"{self._where}: its sampler is a {self._class!r:.80}; pass a new one as sampler=, "
+                f"found a {type(sampler).__name__}"
+            )
         return sampler
 
     def new_buffer(self, data_spec: Any, capacity: int, sampler: Sampler, backend: Any, device: Any) -> ReplayBuffer:
@@ -232,7 +262,8 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
     mappings = {"shared": str, "stacks": int}
     kinds: dict[str, Any] = {
         "lanes": int,
-        **dict.fromkeys(("reward", "terminated", "truncated", "following"), (str, type(None))),
+        **dict.fromkeys(("reward", "terminated", "truncated"), (str, type(None))),
+        "following": (str, list, type(None)),
     }
     if options.keys() != {*mappings, *kinds} or not all(isinstance(options[key], kind) for key, kind in kinds.items()):
         raise TypeError(f"other options: {options!r:.200}")
@@ -244,12 +275,13 @@ def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _check_records(buffer: ReplayBuffer, layout: dict[str, Any]) -> None:
     """Check that every number of a record is one, since rows follow from them without another look."""
-    count, named = layout["records"], [record for _, record in layout["ended"]]
-    named += [*layout["free"], *(record for record in layout["record"] if record != -1)]
+    count = layout["records"]
+    free, ended, record = (np.asarray(layout[name]) for name in ("free", "ended", "record"))
+    named = np.concatenate([free, ended.reshape(-1, 2)[:, 1], record[record != -1]])
     rows = count * (buffer._layout.margin + 1)
     if buffer._layout.storages["records"].capacity != rows:
         raise ValueError(f"{rows} rows of records")
-    if not all(type(record) is int and 0 <= record < count for record in named):
+    if named.size and not (named.dtype.kind in "iu" and 0 <= named.min() <= named.max() < count):
         raise ValueError(f"records beyond {count}")
     fresh = buffer._layout.state()["expected"]
     if {path: (array.shape, array.dtype) for path, array in layout["expected"].items()} != {

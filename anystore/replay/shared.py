@@ -152,10 +152,6 @@ class Shared(Plain):
 
     # Writing --------------------------------------------------------------------------------------------------------
 
-    def admit_one(self, item: Any) -> Any:
-        leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(item))))
-        return self._apart({path: leaf[None, ...] for path, leaf in leaves.items()})
-
     def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
         leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(batch, (count,)))))
         parts = self._apart(leaves)
@@ -182,7 +178,8 @@ class Shared(Plain):
         return _Parts(stored, seen, ends)
 
     def write_one(self, item: Any) -> None:
-        self.write(self.admit_one(item), 1, None)
+        leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(item))))
+        self.write(self._apart({path: leaf[None, ...] for path, leaf in leaves.items()}), 1, None)
 
     def write(self, batch: _Parts, count: int, lanes: NDArray[np.intp] | None) -> None:
         ids = np.arange(self._lanes.count) if lanes is None else lanes
@@ -277,16 +274,16 @@ class Shared(Plain):
     def state(self) -> dict[str, Any]:
         return {
             "records": self._records,
-            "free": self._free,
-            "ended": [list(each) for each in self._ended],
-            "record": self._record.tolist(),
+            "free": np.asarray(self._free, np.int64),
+            "ended": np.asarray(self._ended, np.int64).reshape(-1, 2),
+            "record": self._record,
             "expected": dict(self._expected),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._records, self._free = state["records"], list(state["free"])
-        self._ended = [(number, record) for number, record in state["ended"]]
-        self._record = np.asarray(state["record"], np.int64)
+        self._records, self._free = state["records"], np.asarray(state["free"], np.int64).tolist()
+        self._ended = [(number, record) for number, record in np.asarray(state["ended"], np.int64).tolist()]
+        self._record = np.array(state["record"], np.int64)
         self._expected = {path: np.array(array) for path, array in state["expected"].items()}
 
     # Reading --------------------------------------------------------------------------------------------------------
@@ -295,15 +292,16 @@ class Shared(Plain):
         return self._marks("ends", places, items)
 
     def every_end(self, items: range) -> NDArray[Any]:
-        return in_order(self._select("marks", "ends").buffers, items)
+        return in_order(self._select("marks", "ends"), items)
 
     def every(self, path: str, items: range) -> NDArray[Any]:
         if path in self._kept_whole:
-            return in_order(self._select("items", path).buffers, items)
+            return in_order(self._select("items", path), items)
         places = self._backend.from_numpy(np.arange(len(items), dtype=index_dtype(self._backend)))
         return to_numpy(self.read(places, items, (path,))[path])
 
-    def whole(self, places: Array, items: range) -> Array:
+    def readable(self, places: Array, items: range) -> Array:
+        """Whether each of these items can be read: whether the frames of its stacks are there."""
         _, depth, begins = self._older(places, items)
         return begins | (depth == self._depth - 1)
 

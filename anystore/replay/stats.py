@@ -36,10 +36,11 @@ class Counts:
         The items that were ever added, and ever drawn; a window is one.
     nbytes : int
         The bytes of all that items are stored in.
-    first : int
-        The running number of the oldest item that is there.
+    gone : int
+        How many items went for newer ones since the buffer was last cleared; with lanes, as many as are missing in the
+        step of the oldest item, and any number of whole steps.
     lanes : int or None
-        How many lanes there are, if item ``n`` is of lane ``n % lanes``; None if it is not.
+        How many lanes there are, if the items are of each in turn and the newest of the last; None if they are not.
     ends : array of bool, shape (size,), or None
         Whether an episode ends with each item; None if that is not known.
     rewards : array, shape (size, ...), or None
@@ -53,7 +54,7 @@ class Counts:
     total_added: int
     total_sampled: int
     nbytes: int
-    first: int = 0
+    gone: int = 0
     lanes: int | None = None
     ends: NDArray[np.bool_] | None = None
     rewards: NDArray[Any] | None = None
@@ -87,7 +88,7 @@ class Stats:
         The items that are there, and those that there is room for.
     total_added, total_sampled : int
         The items that were ever added, and ever drawn; a window is one.
-    bytes : int
+    nbytes : int
         The bytes of all that items are stored in.
     added_per_second, sampled_per_second : float
         Since these were asked for the last time, or since the beginning.
@@ -104,7 +105,7 @@ class Stats:
     capacity: int
     total_added: int
     total_sampled: int
-    bytes: int
+    nbytes: int
     added_per_second: float
     sampled_per_second: float
     episodes: int | None = None
@@ -119,7 +120,7 @@ class Stats:
 
     def __str__(self) -> str:
         lines = {
-            "items": f"{self.size:,} of {self.capacity:,} ({self.size / self.capacity:.0%}), {_as_bytes(self.bytes)}",
+            "items": f"{self.size:,} of {self.capacity:,} ({self.size / self.capacity:.0%}), {_as_bytes(self.nbytes)}",
             "added": f"{self.total_added:,} ({self.added_per_second:,.0f} a second)",
             "sampled": f"{self.total_sampled:,} ({self.sampled_per_second:,.0f} a second), each item "
             f"{self.replay_ratio:.3g} times",
@@ -138,7 +139,7 @@ class Stats:
         """What a training loop shows of it, in one line."""
         parts = [
             f"{self.size:,}/{self.capacity:,} items",
-            _as_bytes(self.bytes),
+            _as_bytes(self.nbytes),
             f"{self.added_per_second:,.0f} added/s",
             f"{self.sampled_per_second:,.0f} sampled/s",
         ]
@@ -187,7 +188,7 @@ class Meter:
             capacity=counts.capacity,
             total_added=counts.total_added,
             total_sampled=counts.total_sampled,
-            bytes=counts.nbytes,
+            nbytes=counts.nbytes,
             added_per_second=added,
             sampled_per_second=sampled,
             episodes=episodes,
@@ -204,25 +205,25 @@ def _episodes(counts: Counts) -> tuple[int | None, float | None, float | None]:
     ended = int(np.count_nonzero(counts.ends))
     if counts.lanes is None:
         return ended, None, None
-    by_lane = _by_lane(counts.ends, counts.first, counts.lanes)
+    by_lane = _by_lane(counts.ends, counts.gone, counts.lanes)
     lane, last = np.divmod(np.flatnonzero(by_lane), max(by_lane.shape[1], 1))
     oldest = np.diff(lane, prepend=-1) != 0  # the first one that ended in its lane, of which items may be gone
     begin = np.where(oldest, 0, np.roll(last, 1) + 1)
-    whole = np.flatnonzero(~oldest | (counts.first == 0))
+    whole = np.flatnonzero(~oldest | (counts.gone == 0))
     newest = whole[np.argsort(last[whole], kind="stable")[-_NEWEST:]]
     if newest.size == 0:
         return ended, None, None
     length = float((last - begin + 1)[newest].mean())
     if counts.rewards is None or counts.rewards.ndim != 1:
         return ended, length, None
-    rewards = _by_lane(counts.rewards, counts.first, counts.lanes)
+    rewards = _by_lane(counts.rewards, counts.gone, counts.lanes)
     returns = [rewards[lane[each], begin[each] : last[each] + 1].sum(dtype=np.float64) for each in newest]
     return ended, length, float(np.mean(returns))
 
 
-def _by_lane(column: NDArray[Any], first: int, lanes: int) -> NDArray[Any]:
+def _by_lane(column: NDArray[Any], gone: int, lanes: int) -> NDArray[Any]:
     """Step by step the items of each lane; zeros stand for those of the oldest step that are gone."""
-    return np.concatenate([np.zeros(first % lanes, column.dtype), column]).reshape(-1, lanes).T
+    return np.concatenate([np.zeros(gone % lanes, column.dtype), column]).reshape(-1, lanes).T
 
 
 def _as_bytes(count: float) -> str:

@@ -32,7 +32,7 @@ class Windows:
         self._backend = backend
         self.index_dtype = index_dtype(backend)
 
-    def whole(self, num_steps: int, at_end: str, items: range) -> Callable[[Array], Array] | None:
+    def beginning(self, num_steps: int, at_end: str, items: range) -> Callable[[Array], Array] | None:
         """What tells which items begin a window that can be drawn; None if all do."""
         if at_end != "cross" and not self._layout.knows_ends:
             raise ValueError(
@@ -42,7 +42,7 @@ class Windows:
         if at_end == "pad" or num_steps == 1 or (at_end == "cross" and self._lanes.in_step):
             return None
 
-        def whole(places: Array) -> Array:
+        def begins(places: Array) -> Array:
             xp = self._backend.xp
             if self._lanes.in_step:  # none of the newest items is a candidate, so that all steps are there
                 return ~xp.any(self._layout.ends(self._strided(places, num_steps - 1), items), axis=0)
@@ -51,7 +51,7 @@ class Windows:
                 there = there[1:, :] & ~self._layout.ends(steps[:-1, :], items)
             return xp.all(there, axis=0)
 
-        return whole
+        return begins
 
     def steps(self, places: Array, items: range, num_steps: int, at_end: str) -> tuple[Array, Array]:
         """The places of windows, and which of their steps are real, both of shape (count, num_steps).

@@ -104,7 +104,12 @@ def sweep(path: Path) -> None:
 
 
 def _names(path: Path) -> set[str]:
-    return read_manifest(path).names()
+    try:
+        return read_manifest(path).names()
+    except SnapshotError as error:
+        if path.name == MANIFEST:
+            raise
+        raise SnapshotError(f"{error}; remove this file to give up the older version that it is of") from None
 
 
 def next_version(path: Path) -> int:

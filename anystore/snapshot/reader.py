@@ -18,6 +18,7 @@ from anystore.snapshot.manifest import (
     MANIFEST,
     File,
     Layer,
+    Manifest,
     StorageEntry,
     kept_name,
     kept_versions,
@@ -67,7 +68,7 @@ def load(
         namedtuples of the same name and fields, since nothing that a file names is imported.
     sampler : Sampler, optional
         For a replay buffer whose sampler is of a class of the user's own: a new one of that class, which then takes up
-        the state of the one that was saved.
+        the state, and with it the settings, of the one that was saved.
     version : int, optional
         An older version that was kept; by default the newest.
     progress : callable, optional
@@ -84,7 +85,8 @@ def load(
         If there is no snapshot, if a file of it is damaged or missing (the message names it), if it is of a newer
         format, or does not fit `like`.
     ValueError, ImportError, MemoryError
-        As `Storage` does, if there is no such backend, or it lacks a dtype or the memory.
+        As `Storage` does, if there is no such backend, or it lacks a dtype or the memory; for a sampler where there is
+        no replay buffer.
 
     Notes
     -----
@@ -93,6 +95,8 @@ def load(
     for attempt in range(_TRIES):
         snapshot = Snapshot(path, version)
         try:
+            if sampler is not None and snapshot.kind != "replay":
+                raise ValueError(f"{path}: sampler= is for a replay buffer, and this is none")
             if snapshot.kind == "replay":
                 return _replay_buffer(snapshot, backend, device, capacity, like, sampler, progress)
             return snapshot.storage(backend=backend, device=device, capacity=capacity, like=like, progress=progress)
@@ -139,7 +143,7 @@ class Snapshot:
         self.kind = self.manifest.kind
         self.state = self.manifest.state
 
-    def _read(self, version: int | None) -> Any:
+    def _read(self, version: int | None) -> Manifest:
         newest = read_manifest(self.path / MANIFEST)
         if version is None or version == newest.version:
             return newest
@@ -266,7 +270,7 @@ class Snapshot:
         SnapshotError
             If it is not there.
         """
-        entries: dict[str, StorageEntry] = self.manifest.storages
+        entries = self.manifest.storages
         if name not in entries:
             there = ", ".join(sorted(entries)) or "none"
             raise SnapshotError(f"{self.path / MANIFEST}: expected a storage {name!r}, found {there}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore.plan import as_count
 from anystore.snapshot.changes import Changes
 from anystore.snapshot.described import describe
 from anystore.snapshot.directory import (
@@ -78,8 +79,7 @@ def save_snapshot(
         If the disk is full or fails; the old version is still there.
     """
     path = Path(path)
-    if keep < 0:
-        raise ValueError(f"expected to keep 0 or more versions, found {keep}")
+    keep = as_count("keep", keep, 0)
     entries = {name: storage_entry(storage) for name, storage in storages.items()}
     with prepared(path, "replay" if kind == "replay" else "storage") as old:
         draft = _Draft(path, next_version(path), Manifest(uuid.uuid4().hex, 1, kind, {}, {}, dict(state or {})))
