@@ -143,20 +143,14 @@ def _of_environment(name: str) -> Any:
         import gymnasium
     except ImportError:
         raise ImportError(f"{name!r} is no file; for the id of an environment: pip install gymnasium") from None
+    from anystore.replay.gymnasium import transition_spec
+
     try:
         env = gymnasium.make(name)
     except gymnasium.error.Error as error:
         raise ValueError(f"{name!r} is neither a file nor the id of a Gymnasium environment: {error}") from None
     try:
-        flag = ArraySpec((), "bool")
-        return {
-            "obs": env.observation_space,
-            "action": env.action_space,
-            "reward": ArraySpec((), "float32"),
-            "next_obs": env.observation_space,
-            "terminated": flag,
-            "truncated": flag,
-        }
+        return transition_spec(env)
     finally:
         env.close()
 

@@ -29,7 +29,7 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
     Parameters
     ----------
     nest : nest of arrays
-        What `Storage.get` returns, or any nest of arrays of any libraries.
+        What `Storage.get` or `ReplayBuffer.sample` returns, or any nest of arrays of any libraries. None stays None.
     library : {"numpy", "torch", "jax", "tensorflow", "cupy"}
         Whose arrays to return. Each leaf stays on the device that it is on.
     copy : bool or None, default False
@@ -70,7 +70,7 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
         importlib.import_module(library)
     except ImportError as error:
         raise ImportError(f"handing arrays over to {library} needs it, and it cannot be imported ({error})") from error
-    return map_leaves(lambda leaf: _hand_over(leaf, library, copy), nest)
+    return map_leaves(lambda leaf: None if leaf is None else _hand_over(leaf, library, copy), nest)
 
 
 def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:

@@ -61,7 +61,8 @@ class Mapped:
         if mode == "r+" and not os.path.lexists(self.directory / MANIFEST):
             self._create(entry)
         self._maps: list[mmap.mmap] = []
-        self.buffers = self._open(self._expected(entry))
+        self._entry = self._expected(entry)
+        self.buffers = self._open(self._entry)
 
     def _create(self, entry: StorageEntry) -> None:
         """Make the files, all or nothing; if another process does at this moment, wait for it."""
@@ -123,10 +124,27 @@ class Mapped:
         return np.ndarray(file.shape, file.dtype, memory, file.offset)
 
     def flush(self) -> None:
-        """Wait until what was written is on the disk."""
+        """Wait until what was written is on the disk.
+
+        Raises
+        ------
+        SnapshotError
+            If another has resized the storage, so that these are no longer its files.
+        """
+        self._check_that_it_is_there()
+        self._sync()
+
+    def _sync(self) -> None:
         if self.mode == "r+":
             for memory in self._maps:
                 memory.flush()
+
+    def _check_that_it_is_there(self) -> None:
+        if mapped_entry(self.directory) != self._entry:
+            raise SnapshotError(
+                f"{self.directory}: another has resized this storage since it was opened here, and what was written "
+                "here since then is lost; open it again"
+            )
 
     @contextlib.contextmanager
     def replaced(self, entry: StorageEntry) -> Iterator[list[NDArray[Any]]]:
@@ -136,23 +154,26 @@ class Mapped:
         ------
         ValueError
             In mode "r".
+        SnapshotError
+            If another has resized the storage.
         """
         if self.mode == "r":
             raise ValueError("a storage that was opened with mode='r' cannot be resized")
         with prepared(self.directory, "mapped", wait=True):
+            self._check_that_it_is_there()
             old, self._maps = self._maps, []
             try:
                 with undone_on_error(self.directory):
                     manifest = self._draft(entry)
                     buffers = self._open(manifest.storages[_ITEMS])
                     yield buffers
-                    self.flush()
+                    self._sync()
                     stage(self.directory, MANIFEST, manifest)
             except BaseException:
                 self._maps = old
                 raise
             commit(self.directory, MANIFEST)
-            self.buffers = buffers
+            self.buffers, self._entry = buffers, manifest.storages[_ITEMS]
             sweep(self.directory)
 
 

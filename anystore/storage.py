@@ -80,11 +80,11 @@ class Storage:
     against writing, and writing and resizing one against reading. So do the processes that share a memory-mapped
     storage: a reader without a lock may find a row half written.
 
-    The files of a memory-mapped storage take room on the disk as rows are written, and a process that writes a row
-    when the disk is full is ended by the system (SIGBUS). After the machine has stopped, what was not flushed may be
-    there in part, whereas a snapshot (`save`) is whole. Others who have it open see it in its old size after a
-    `resize`, until they open it anew. A copy or a pickle of it is in memory, all of it; another process opens the
-    directory instead.
+    The files of a memory-mapped storage take room on the disk as rows are written, and a process that writes a row when
+    the disk is full is ended by the system (SIGBUS). After the machine has stopped, what was not flushed may be there
+    in part, whereas a snapshot (`save`) is whole. Others who have it open see it in its old size after a `resize`, and
+    what they write then is lost, until they open it anew; `flush` tells them. A copy or a pickle of it is in memory,
+    all of it; another process opens the directory instead.
 
     The storage began as a reimplementation of ``tf_agents.utils.numpy_storage.NumpyStorage``.
 

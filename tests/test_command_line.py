@@ -60,8 +60,8 @@ class TestPlan:
         assert main(["plan", "CartPole-v1", "1,000"]) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert ["obs", "(4,)", "float32", "16,000", "bytes"] in lines
-        assert ["action", "()", "int64", "8,000", "bytes"] in lines
-        assert lines[-1] == ["total", "46,000", "bytes"]
+        assert ["action", "()", "int32", "4,000", "bytes"] in lines
+        assert lines[-1] == ["total", "42,000", "bytes"]
 
     @pytest.mark.parametrize(
         ("spec", "text"),

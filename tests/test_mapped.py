@@ -122,6 +122,20 @@ class TestFiles:
         assert_same(Storage(SPEC, 15, directory=path, mode="r").get([9, 12]), batch([9, 12]))
         assert len(list(path.glob("*.npy"))) == 5
 
+    def test_what_is_written_after_another_resized_it_is_known_to_be_lost(self, path):
+        store = Storage(SPEC, 10, directory=path)
+        other = Storage.open(path)
+        store.resize(20)
+        store.set(range(10), batch(np.arange(10)))
+        other.set([3], batch([7]))
+        for write in (other.flush, lambda: other.resize(30)):
+            with pytest.raises(SnapshotError, match="another has resized this storage since it was opened here"):
+                write()
+        store.flush()
+        assert_same(Storage(SPEC, 20, directory=path).get(range(10)), batch(np.arange(10)))
+        store.resize(15)
+        store.flush()
+
     def test_every_call_of_a_resize_fails(self, tmp_path):
         def begun(path: Path) -> Storage:
             store = Storage(SPEC, 10, directory=path)

@@ -829,6 +829,13 @@ def test_what_the_buffer_refuses_may_be_passed_again():
     check_all(recorder.buffer, "box", model("next_step", 12))
 
 
+def test_an_observation_and_an_info_in_one():
+    env = gymnasium.make("CartPole-v1")
+    recorder = Recorder(ReplayBuffer(transition_spec(env), 10), env)
+    with pytest.raises(TypeError, match=r"^expected an observation and an info, found both in one; call reset\(\*env"):
+        recorder.reset(env.reset())
+
+
 def test_a_single_environment_is_not_reset_within_a_step():
     env = gymnasium.make("CartPole-v1")
     buffer = ReplayBuffer(transition_spec(env), 10)

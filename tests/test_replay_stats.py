@@ -12,7 +12,7 @@ import pytest
 from anystore import ArraySpec, Storage, load
 from anystore.convert import to_numpy
 from anystore.replay import Prioritized, ReplayBuffer
-from anystore.replay.layouts import in_order
+from anystore.replay.ring import in_order
 from anystore.replay.stats import Counts, Meter, Spread, Stats, live_stats
 from tests import on_backends as on
 
@@ -35,7 +35,11 @@ def counts(**changes) -> Counts:
 def episodes(ends, rewards=None, *, lanes=1, first=0) -> tuple:
     """The episodes of items, oldest first, of which these are the ends of some."""
     flags = np.asarray(ends, bool)
-    stats = Meter().read(counts(size=len(flags), lanes=lanes, gone=first, ends=flags, rewards=rewards))
+    behind = None if lanes is None else np.full(len(flags), lanes)
+    of_buffer = counts(
+        size=len(flags), lanes=lanes or 1, overwrote=first > 0, behind=behind, ends=flags, rewards=rewards
+    )
+    stats = Meter().read(of_buffer)
     return stats.episodes, stats.mean_length, stats.mean_return
 
 
@@ -231,7 +235,9 @@ class TestLiveStats:
         console = pytest.importorskip("rich.console")
         file = io.StringIO()
         terminal = console.Console(file=file, width=120, force_terminal=True)
-        with live_stats(Buffer(counts(ends=np.ones(40, bool), lanes=1)), console=terminal, refresh_per_second=1e-3):
+        with live_stats(
+            Buffer(counts(ends=np.ones(40, bool), behind=np.ones(40, int))), console=terminal, refresh_per_second=1e-3
+        ):
             assert "40/100 items" in file.getvalue()
             assert "━" in file.getvalue()
             assert "40 episodes, mean length 1.0" in file.getvalue()
@@ -295,11 +301,26 @@ class ReplayBufferContract:
             assert [stats.mean_length, stats.mean_return] == expected
 
     def test_lanes_that_are_not_in_step(self):
-        buffer = self.make(lanes=2)
-        buffer.extend({name: leaf[:1] for name, leaf in transitions(1).items()}, lanes=[1])
-        buffer.end_episode(lanes=[1])
-        stats = buffer.stats()
-        assert (stats.episodes, stats.mean_length, stats.mean_return) == (1, None, None)
+        buffer, random = self.make(lanes=3), np.random.default_rng(1)
+        items, lane_of = transitions(60), []
+        while len(lane_of) < 60:
+            lanes = random.permutation(3)[: random.integers(1, 4)][: 60 - len(lane_of)]
+            rows = slice(len(lane_of), len(lane_of) + len(lanes))
+            buffer.extend({name: leaf[rows] for name, leaf in items.items()}, lanes=lanes)
+            lane_of += lanes.tolist()
+            ends, first = items["terminated"] | items["truncated"], max(0, len(lane_of) - 20)
+            whole = []
+            for lane in range(3):
+                so_far = (0, 0.0) if first == 0 else None
+                for place in range(first, len(lane_of)):
+                    if lane_of[place] == lane:
+                        so_far = so_far and (so_far[0] + 1, so_far[1] + items["reward"][place])
+                        whole += [so_far] if ends[place] and so_far else []
+                        so_far = (0, 0.0) if ends[place] else so_far
+            stats = buffer.stats()
+            assert stats.episodes == np.count_nonzero(ends[first : len(lane_of)])
+            expected = np.mean(whole, axis=0).tolist() if whole else [None, None]
+            assert [stats.mean_length, stats.mean_return] == pytest.approx(expected)
 
     @pytest.mark.parametrize("lanes", [1, 2])
     def test_episodes_since_the_buffer_was_cleared(self, lanes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -156,3 +158,35 @@ class TestCupy(on.OnCupy, ThreadsContract):
 
 class TestCupyOnAStandIn(on.OnACupyStandIn, ThreadsContract):
     rounds = 60
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without forks")
+def test_a_forked_process_does_not_wait_for_a_thread_of_the_other():
+    program = """
+import os
+import threading
+import numpy as np
+from anystore import ArraySpec
+from anystore.replay import ReplayBuffer
+
+buffer = ReplayBuffer(ArraySpec((), "float32"), 4, seed=0)
+buffer.extend(np.ones(4, np.float32))
+held, release = threading.Event(), threading.Event()
+
+def hold():
+    with buffer.lock:
+        held.set()
+        release.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+if os.fork() == 0:
+    print(buffer.sample(2).items, flush=True)
+    os._exit(0)
+os.wait()
+release.set()
+thread.join()
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60)
+    assert (run.stdout, run.stderr) == ("[1. 1.]\n", "")

@@ -8,6 +8,7 @@ import pytest
 
 from anystore import ArraySpec, Storage, to_library
 from anystore.convert import to_numpy
+from anystore.replay import ReplayBuffer
 from tests.items import SPEC, assert_same, batch
 from tests.stand_in import installed
 
@@ -40,6 +41,14 @@ class TestToLibrary:
         monkeypatch.setitem(sys.modules, "torch", None)
         with pytest.raises(ImportError, match="handing arrays over to torch needs it, and it cannot be imported"):
             to_library({}, "torch")
+
+    def test_what_is_left_out_of_a_sample(self):
+        buffer = ReplayBuffer(ArraySpec((), "float32"), 4, seed=0)
+        buffer.extend(np.arange(4, dtype=np.float32))
+        sample = buffer.sample(3)
+        found = to_library(sample, "numpy")
+        assert (found.weights, found.mask) == (None, None)
+        assert found.items is sample.items
 
     def test_what_is_no_array(self):
         with pytest.raises(ValueError, match=r"^a/b: expected an array, found a float: 1.5$"):

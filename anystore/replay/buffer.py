@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import statistics
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -117,7 +119,8 @@ class ReplayBuffer:
     things as one, and to read `storage`; `size` and `total_added` may be read at any time. What a sample holds is a
     copy that nobody changes.
 
-    A write that is refused changes nothing.
+    A write that is refused changes nothing. In a process that was forked off while a thread was writing, the buffer may
+    hold the half of what it wrote.
 
     Examples
     --------
@@ -150,10 +153,13 @@ class ReplayBuffer:
         seed: int | None = None,
     ) -> None:
         capacity = as_count("capacity", capacity)
+        for name, mapping in (("shared", shared), ("stacks", stacks)):
+            if mapping is not None and not isinstance(mapping, Mapping):
+                raise TypeError(f"expected {name} to be a mapping by path, found {mapping!r:.80}")
         lanes = as_count("lanes", lanes)
         if lanes > capacity:
             raise ValueError(f"expected a capacity of {lanes} or more, a row for each lane, found {capacity}")
-        self.lock = threading.RLock()
+        self._renew_lock()
         self._nest = Nest(data_spec)
         self._backend = select_backend(backend, device)
         self._ring = Ring(capacity)
@@ -191,6 +197,10 @@ class ReplayBuffer:
         self._sampled = 0
         self._draws = Draws(self._sampler, self._random, self._backend)
         self._meter = Meter()
+        _there.add(self)
+
+    def _renew_lock(self) -> None:
+        self.lock = threading.RLock()
 
     # Where things are -----------------------------------------------------------------------------------------------
 
@@ -346,12 +356,19 @@ class ReplayBuffer:
 
     def _count(self, batch: Any) -> int:
         """How many items a batch has."""
-        for leaf, spec in zip(self._nest.flatten(batch), self._nest.specs):
+        counts = {}
+        for path, leaf, spec in zip(self._nest.paths, self._nest.flatten(batch), self._nest.specs):
             shape = leaf.shape if is_array(leaf) else np.shape(leaf)
             if len(shape) == len(spec.shape) + 1:
-                return int(shape[0])
-        paths = ", ".join(map(label, self._nest.paths))
-        raise ValueError(f"expected a batch, an axis of items in front of each leaf, found none in {paths}")
+                counts[path] = int(shape[0])
+        if not counts:
+            paths = ", ".join(map(label, self._nest.paths))
+            raise ValueError(f"expected a batch, an axis of items in front of each leaf, found none in {paths}")
+        most = statistics.mode(counts.values())
+        for path, count in counts.items():
+            if count != most:
+                raise ValueError(f"{label(path)}: expected {most} items, as most leaves have, found {count}")
+        return most
 
     def end_episode(self, lanes: Any = None) -> None:
         """Let the episodes of these lanes, or of all, end with their newest items, as if these had been truncated.
@@ -424,7 +441,9 @@ class ReplayBuffer:
         at_end : {"cross", "pad", "whole"}, default "cross"
             What a window does at the end of an episode. "cross": it goes on with the next one. "pad": it ends, its
             last item is repeated, and `Sample.mask` tells; it does the same at the newest item of its lane. "whole":
-            it is not drawn; only windows within an episode are, each with the same chance among these.
+            it is not drawn; only windows within an episode are, each with the same chance among these. An episode ends
+            where its flags say so or `end_episode` did; with `shared` or `stacks` also where an item does not begin
+            with what followed the one before it.
         n_step : int, optional
             For n-step returns: each item stands for so many successive steps, or for fewer where the episode or the
             lane's newest item ends them. Its reward is the discounted sum of theirs, what follows it and its flags are
@@ -653,8 +672,9 @@ class ReplayBuffer:
                 total_added=self._ring.total,
                 total_sampled=self._sampled,
                 nbytes=self.nbytes,
-                gone=-len(items) % self._lanes.count + self._lanes.count * self._ring.overwrote,
-                lanes=self._lanes.count if self._lanes.in_step else None,
+                overwrote=self._ring.overwrote,
+                lanes=self._lanes.count,
+                behind=self._lanes.every_behind(items),
                 ends=self._layout.every_end(items) if self._layout.knows_ends else None,
                 rewards=None if self._reward is None else self._layout.every(self._reward, items),
                 priorities=to_numpy(self._sampler.priorities(some)) if isinstance(self._sampler, Prioritized) else None,
@@ -664,7 +684,7 @@ class ReplayBuffer:
         """How full the buffer is, how fast it is used, and what of: items, bytes, rates, episodes, priorities.
 
         The rates are those since the last call. It reads the flags and rewards of all items, and the priorities of
-        up to 65,536, spread evenly over all: with 1,000,000 items on the CPU that takes a few milliseconds.
+        up to 65,536, spread evenly over all, and goes through the newest 100 episodes step by step.
         """
         return self._meter.read(self.counts())
 
@@ -681,6 +701,20 @@ class ReplayBuffer:
             if not isinstance(self._sampler, Prioritized):
                 raise TypeError(f"a {type(self._sampler).__name__} sampler has no priorities; use Prioritized")
             return self._sampler.priorities(self._ring.items)
+
+
+_there: weakref.WeakSet[ReplayBuffer] = weakref.WeakSet()
+"""All buffers of the process."""
+
+
+def _renew_locks() -> None:
+    for buffer in list(_there):
+        buffer._renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # In the child there is no thread that could give back a lock that another one held at that moment.
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def below(path: str, part: str) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
-from anystore.convert import is_array, to_numpy
+from anystore.convert import is_array, library_of, to_numpy
 from anystore.replay.samplers import Sampler
 from anystore.replay.sum_tree import index_dtype
 from anystore.specs import as_dtype
@@ -49,6 +49,7 @@ class Draws:
         self._random = random
         self._backend = backend
         self._dtype = index_dtype(backend)
+        self._nothing = self._as_places(np.empty(0, np.intp))
         self.level = 0
 
     def draw(self, count: int, items: range, usable: Usable | None) -> Array:
@@ -64,7 +65,7 @@ class Draws:
             return sampler.draw(count, items)
         if sampler.distinct and 2 * count > len(items):
             return self._draw_exactly(count, items, usable)
-        places = self._as_places(np.empty(0, np.intp))
+        places = self._nothing
         while self.level < _HIGHEST:
             # The whole numbers that a level has, and not just as many as are missing, which would never be the same: a
             # library that compiles does so for every shape.
@@ -79,7 +80,17 @@ class Draws:
                 self._settle(count, found / places.shape[0])
                 return xp.take(places, self._backend.chosen(good)[:count], axis=0)
             self.level += 1
+        self._refuse_strangers(places, items)
         return self._draw_exactly(count, items, usable)
+
+    def _refuse_strangers(self, places: Array, items: range) -> None:
+        """Refuse a sampler that finds nothing but places that are none."""
+        found = to_numpy(places)
+        if not self._sampler.inside and len(found) and not ((found >= 0) & (found < len(items))).any():
+            raise ValueError(
+                f"expected places below {len(items)} from {type(self._sampler).__name__}.draw, found none among "
+                f"{len(found)}: {found[:3].tolist()}, ..."
+            )
 
     def _settle(self, count: int, share: float) -> None:
         """Begin the next time at the lowest level that will do, if such a share of the draws is of use."""
@@ -98,9 +109,12 @@ class Draws:
         places = self._sampler.draw(count, items)
         if self._sampler.inside:
             return places
-        if not is_array(places) or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
-            name = type(self._sampler).__name__
-            raise TypeError(f"expected {count} places from {name}.draw, a flat array of integers, found {places!r:.80}")
+        wrong = not is_array(places) or library_of(places) != library_of(self._nothing)
+        if wrong or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
+            raise TypeError(
+                f"expected {count} places from {type(self._sampler).__name__}.draw, a flat array of integers of the "
+                f"buffer's library, found {places!r:.80}"
+            )
         # A copy, since it may be an array that the sampler goes on to use.
         return self._backend.xp.astype(places, self._backend.native_dtype(self._dtype), copy=True)
 

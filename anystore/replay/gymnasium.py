@@ -222,6 +222,8 @@ class Recorder:
         ValueError
             If the observation does not fit the spec, or the lanes are not among the environments.
         """
+        if isinstance(obs, tuple) and len(obs) == 2 and not isinstance(self._parts["obs"], tuple):
+            raise TypeError("expected an observation and an info, found both in one; call reset(*env.reset())")
         leaves = self._checked(obs)
         chosen = self.buffer._lanes.named(lanes)
         if len(chosen) < len(self._running):

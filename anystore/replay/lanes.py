@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anystore.backends import Backend
 from anystore.backends.base import Array
-from anystore.replay.ring import Ring
+from anystore.replay.ring import Ring, in_order
 from anystore.rows import KnownRows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
@@ -123,6 +123,12 @@ class Lanes:
     def behind(self, places: Array, items: range) -> tuple[Array, Array]:
         """The same for the previous items."""
         return self._neighbours("behind", places, items)
+
+    def every_behind(self, items: range) -> NDArray[Any]:
+        """How far behind each item the previous one of its lane is, in main memory; 0 where there is none."""
+        if self._distances is None:
+            return np.broadcast_to(np.int32(self.count), (len(items),))
+        return in_order(self._distances.select("behind"), items)
 
     def clear(self) -> None:
         """All items are gone, and none of them is the previous one of what comes."""

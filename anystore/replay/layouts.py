@@ -17,12 +17,12 @@ from anystore.backends.base import Array
 from anystore.convert import to_numpy
 from anystore.nests import map_leaves
 from anystore.replay.lanes import Lanes
-from anystore.replay.ring import Ring
+from anystore.replay.ring import Ring, in_order
 from anystore.replay.sum_tree import index_dtype
 from anystore.rows import KnownRows
 from anystore.storage import Storage
 
-__all__ = ["Plain", "in_order", "rows_of"]
+__all__ = ["Plain", "rows_of"]
 
 
 class Plain:
@@ -141,15 +141,6 @@ class Plain:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Be as the layout was that `state` is of."""
-
-
-def in_order(leaf: Storage, items: range) -> NDArray[Any]:
-    """A copy in main memory of what the storage of one leaf has for these items, oldest first."""
-    start = items.start % leaf.capacity
-    stop = min(start + len(items), leaf.capacity)
-    runs = [slice(start, stop), slice(0, len(items) - (stop - start))]
-    # Copies, since a storage whose live rows were given away is saved whole ever after.
-    return np.concatenate([to_numpy(leaf.get(run, copy=True)) for run in runs])
 
 
 def rows_of(places: Array, items: range, capacity: int, backend: Any) -> KnownRows:

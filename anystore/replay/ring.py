@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Ring"]
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore.convert import to_numpy
+from anystore.storage import Storage
+
+__all__ = ["Ring", "in_order"]
 
 
 class Ring:
@@ -71,3 +77,12 @@ class Ring:
         """Hold the newest of the items that the ring held which `state` is of; it may have had another capacity."""
         self.total, self._cleared = state["total"], state["oldest"]
         self._overwrote = state["overwrote"] or self.total - self._cleared > self.capacity
+
+
+def in_order(leaf: Storage, items: range) -> NDArray[Any]:
+    """A copy in main memory of what the storage of one leaf has for these items, oldest first."""
+    start = items.start % leaf.capacity
+    stop = min(start + len(items), leaf.capacity)
+    runs = [slice(start, stop), slice(0, len(items) - (stop - start))]
+    # Copies, since a storage whose live rows were given away is saved whole ever after.
+    return np.concatenate([to_numpy(leaf.get(run, copy=True)) for run in runs])

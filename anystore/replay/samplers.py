@@ -108,7 +108,7 @@ class Uniform(Sampler):
 
 
 class Recent(Sampler):
-    """Every one of the newest items with the same chance, and no other.
+    """Every one of the newest items with the same chance, and no other; of windows, of those that can begin one.
 
     Parameters
     ----------

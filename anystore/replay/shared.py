@@ -20,8 +20,8 @@ from anystore.backends.base import Array
 from anystore.convert import to_numpy
 from anystore.nests import Nest, label
 from anystore.replay.lanes import Lanes
-from anystore.replay.layouts import Plain, in_order, rows_of, write_run
-from anystore.replay.ring import Ring
+from anystore.replay.layouts import Plain, rows_of, write_run
+from anystore.replay.ring import Ring, in_order
 from anystore.replay.sum_tree import index_dtype
 from anystore.rows import KnownRows
 from anystore.specs import ArraySpec
@@ -422,7 +422,9 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
         _, positions = nest.select((part,))
         for path in (nest.paths[position] for position in positions):
             other = following + path[len(part) :]
-            if path == other or specs.get(other) != specs[path]:
+            if path == other:
+                raise ValueError(f"{label(path)}: expected another part to share it with, found itself")
+            if specs.get(other) != specs[path]:
                 raise ValueError(
                     f"{label(other)}: expected {specs[path]}, that of {label(path)}, which it is shared with, "
                     f"found {specs.get(other, 'no such leaf')}"
@@ -438,6 +440,8 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
         if path not in specs or path in after.values():
             raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}")
         shape = specs[path].shape
+        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+            raise TypeError(f"{label(path)}: expected the axis of a stack, an int, found {axis!r:.80}")
         if not -len(shape) <= axis < len(shape):
             raise ValueError(f"{label(path)}: expected an axis of a stack of shape {shape}, found {axis}")
         if shape[axis] == 0:

@@ -36,11 +36,12 @@ class Counts:
         The items that were ever added, and ever drawn; a window is one.
     nbytes : int
         The bytes of all that items are stored in.
-    gone : int
-        How many items went for newer ones since the buffer was last cleared; with lanes, as many as are missing in the
-        step of the oldest item, and any number of whole steps.
-    lanes : int or None
-        How many lanes there are, if the items are of each in turn and the newest of the last; None if they are not.
+    overwrote : bool
+        Whether items had to go for newer ones.
+    lanes : int
+        How many lanes there are.
+    behind : array of int, shape (size,), or None
+        How far behind each item the previous one of its lane is, 0 where there is none; None if that is not known.
     ends : array of bool, shape (size,), or None
         Whether an episode ends with each item; None if that is not known.
     rewards : array, shape (size, ...), or None
@@ -54,8 +55,9 @@ class Counts:
     total_added: int
     total_sampled: int
     nbytes: int
-    gone: int = 0
-    lanes: int | None = None
+    overwrote: bool = False
+    lanes: int = 1
+    behind: NDArray[Any] | None = None
     ends: NDArray[np.bool_] | None = None
     rewards: NDArray[Any] | None = None
     priorities: NDArray[Any] | None = None
@@ -96,7 +98,7 @@ class Stats:
         How many ended with an item that is there; None if the items do not tell.
     mean_length, mean_return : float or None
         The mean number of items, and the mean sum of rewards, of the newest of these episodes, 100 at most. None if
-        there is none that is there from its first item on, or it is not known which item is whose.
+        there is none that is there from its first item on.
     priorities : Spread or None
         Where items have some.
     """
@@ -202,28 +204,39 @@ def _episodes(counts: Counts) -> tuple[int | None, float | None, float | None]:
     """How many episodes ended with an item that is there, and the mean length and return of the newest of them."""
     if counts.ends is None:
         return None, None, None
-    ended = int(np.count_nonzero(counts.ends))
-    if counts.lanes is None:
-        return ended, None, None
-    by_lane = _by_lane(counts.ends, counts.gone, counts.lanes)
-    lane, last = np.divmod(np.flatnonzero(by_lane), max(by_lane.shape[1], 1))
-    oldest = np.diff(lane, prepend=-1) != 0  # the first one that ended in its lane, of which items may be gone
-    begin = np.where(oldest, 0, np.roll(last, 1) + 1)
-    whole = np.flatnonzero(~oldest | (counts.gone == 0))
-    newest = whole[np.argsort(last[whole], kind="stable")[-_NEWEST:]]
+    last = np.flatnonzero(counts.ends)
+    if counts.behind is None:
+        return len(last), None, None
+    # In each lane the oldest may not be there from its first item on.
+    length, sums, whole = _walked(counts, counts.behind, last[-(_NEWEST + counts.lanes) :])
+    newest = np.flatnonzero(whole)[-_NEWEST:]
     if newest.size == 0:
-        return ended, None, None
-    length = float((last - begin + 1)[newest].mean())
-    if counts.rewards is None or counts.rewards.ndim != 1:
-        return ended, length, None
-    rewards = _by_lane(counts.rewards, counts.gone, counts.lanes)
-    returns = [rewards[lane[each], begin[each] : last[each] + 1].sum(dtype=np.float64) for each in newest]
-    return ended, length, float(np.mean(returns))
+        return len(last), None, None
+    return len(last), float(length[newest].mean()), None if sums is None else float(sums[newest].mean())
 
 
-def _by_lane(column: NDArray[Any], gone: int, lanes: int) -> NDArray[Any]:
-    """Step by step the items of each lane; zeros stand for those of the oldest step that are gone."""
-    return np.concatenate([np.zeros(gone % lanes, column.dtype), column]).reshape(-1, lanes).T
+def _walked(
+    counts: Counts, behind: NDArray[Any], last: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.float64] | None, NDArray[np.bool_]]:
+    """Of the episodes that end with these items: how many items and what sum of rewards each has.
+
+    And whether it is there from its first item on.
+    """
+    assert counts.ends is not None
+    rewards = counts.rewards if counts.rewards is not None and counts.rewards.ndim == 1 else None
+    sums = None if rewards is None else rewards[last].astype(np.float64)
+    length, whole = np.ones(len(last), np.intp), np.zeros(len(last), bool)
+    going_on, places = np.arange(len(last)), last
+    while going_on.size:
+        before = places - behind[places]
+        there = (before < places) & (before >= 0)
+        whole[going_on] = np.where(there, counts.ends[before], not counts.overwrote)
+        there &= ~counts.ends[before]
+        going_on, places = going_on[there], before[there]
+        length[going_on] += 1
+        if rewards is not None and sums is not None:
+            sums[going_on] += rewards[places].astype(np.float64)
+    return length, sums, whole
 
 
 def _as_bytes(count: float) -> str:
