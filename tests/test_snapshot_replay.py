@@ -213,6 +213,17 @@ def test_looking_at_stats_does_not_make_it_write_more(path):
         assert [layer.count for layer in layers] == [CAPACITY, 1]
 
 
+def test_stats_where_what_came_before_did_not_fit_in(path):
+    buffer, walk = started("numpy", Uniform, LAYOUTS["lanes"])
+    buffer.extend({name: leaf[:1] for name, leaf in walk.step().items()}, lanes=[0])
+    for _ in range(20):  # so that lane 0 has no item for long
+        buffer.extend({name: leaf[1:] for name, leaf in walk.step().items()}, lanes=[1])
+    buffer.extend({**walk.step(), "terminated": np.ones(2, bool)})
+    buffer.save(path)
+    stats = load(path, capacity=3).stats()
+    assert (stats.size, stats.mean_length) == (3, None)
+
+
 def test_a_leaf_of_any_name(path):
     """The state holds arrays by the paths of leaves."""
     spec = {name: ArraySpec((), "float32") for name in ("array", "next_array", "a/b")}

@@ -230,6 +230,7 @@ def _walked(
     while going_on.size:
         before = places - behind[places]
         there = (before < places) & (before >= 0)
+        before = np.where(there, before, places)
         whole[going_on] = np.where(there, counts.ends[before], not counts.overwrote)
         there &= ~counts.ends[before]
         going_on, places = going_on[there], before[there]
