@@ -200,6 +200,8 @@ SNAPSHOTS = {"numpy": [], "torchrl": PEERS["torchrl"], "tensorflow": TF_AGENTS}
 def bench_replay(session: nox.Session, peer: str) -> None:
     """Measure anystore.replay beside a peer, in the peer's own environment; alone: what it costs by size."""
     install(session, *PEERS.get(peer, []))
+    if peer == "torchrl":
+        session.run("python", "-W", "ignore", "-m", "benchmarks.torchrl_extension")
     session.run("python", "-W", "ignore", "-m", "benchmarks.replay", peer, *session.posargs, env=QUIET)
 
 

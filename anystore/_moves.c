@@ -17,6 +17,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #define MOST_THREADS 4
 /* Below this many bytes for each, another thread costs more than it brings. */
@@ -38,15 +41,20 @@ static PyObject *name_start, *name_step;
 #define SMALLEST_BLOCK (1 << 20)
 #define MOST_IDLE_BYTES (64 << 20)
 #define MOST_IDLE_BLOCKS 64
+/* A block that was last given out so many bytes ago is in no cache any more. */
+#define BYTES_IN_CACHES (32 << 20)
 
 typedef struct {
     void *memory;
     size_t size;
+    uint64_t given; /* the bytes that were given out in all, itself included */
+    int is_cold;
 } Block;
 
 static Block idle[MOST_IDLE_BLOCKS]; /* the one that has been idle for the longest time first */
 static int idle_count = 0;
 static size_t idle_bytes = 0;
+static uint64_t given_bytes = 0;
 
 static Block drop_idle(int position)
 {
@@ -74,12 +82,17 @@ static void give_block(Block block)
 /* A block of at least this size; its memory is NULL if there is none. */
 static Block take_block(size_t size)
 {
+    given_bytes += size;
     for (int i = idle_count - 1; i >= 0; i--) {
-        if (idle[i].size >= size && idle[i].size - size <= size / 4)
-            return drop_idle(i);
+        if (idle[i].size >= size && idle[i].size - size <= size / 4) {
+            Block block = drop_idle(i);
+            block.is_cold = given_bytes - block.given > BYTES_IN_CACHES;
+            block.given = given_bytes;
+            return block;
+        }
     }
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    Block block = {NULL, (size + page - 1) / page * page};
+    Block block = {NULL, (size + page - 1) / page * page, given_bytes, 0};
     void *memory = mmap(NULL, block.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         return block;
@@ -98,7 +111,7 @@ static void release_block(PyObject *capsule)
 }
 
 /* An array whose memory goes back to the idle blocks when the last reference to it is gone. */
-static PyObject *new_in_block(PyArray_Descr *descr, int ndim, npy_intp *dims, size_t size)
+static PyObject *new_in_block(PyArray_Descr *descr, int ndim, npy_intp *dims, size_t size, int *is_cold)
 {
     Block *block = PyMem_Malloc(sizeof(Block));
     if (block == NULL)
@@ -108,6 +121,7 @@ static PyObject *new_in_block(PyArray_Descr *descr, int ndim, npy_intp *dims, si
         PyMem_Free(block);
         return PyErr_NoMemory();
     }
+    *is_cold = block->is_cold;
     PyObject *owner = PyCapsule_New(block, NULL, release_block);
     if (owner == NULL) {
         give_block(*block);
@@ -128,10 +142,10 @@ static PyObject *new_in_block(PyArray_Descr *descr, int ndim, npy_intp *dims, si
     return array;
 }
 
-static PyObject *new_array(PyArray_Descr *descr, int ndim, npy_intp *dims, size_t size)
+static PyObject *new_array(PyArray_Descr *descr, int ndim, npy_intp *dims, size_t size, int *is_cold)
 {
     if (size >= SMALLEST_BLOCK)
-        return new_in_block(descr, ndim, dims, size);
+        return new_in_block(descr, ndim, dims, size, is_cold);
     Py_INCREF(descr);
     return PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, NULL, 0, NULL);
 }
@@ -208,6 +222,7 @@ typedef struct {
     npy_intp width;      /* the bytes of a row */
     npy_intp batch_step; /* the bytes from one row of the batch to the next: the width, or 0 for one item to all */
     PyObject *held;      /* what owns the memory of the batch, if nobody else does */
+    int is_cold;         /* whether the memory of the batch is in no cache */
     char number[32];     /* the memory of a batch that is a single number */
 } Move;
 
@@ -221,6 +236,9 @@ typedef struct {
     int helping;   /* the helpers that are at it */
 } Task;
 
+/* Rows of so many bytes are worth a way of their own. */
+#define WIDE_ROW 1024
+
 /* Rows are fetched from memory this far ahead of their turn. */
 #define AHEAD 16
 
@@ -233,6 +251,29 @@ typedef struct {
         char *other = move->batch + i * move->batch_step;                    \
         memcpy(reading ? other : row, reading ? row : other, (size_t)(WIDTH)); \
     }
+
+/* Past the caches: a write through them would first fetch the memory that it overwrites. */
+static void copy_past_caches(char *to, const char *from, size_t size)
+{
+#ifdef __SSE2__
+    size_t i = -(uintptr_t)to % 16;
+    memcpy(to, from, i);
+    for (; i + 64 <= size; i += 64) {
+        const __m128i *source = (const __m128i *)(from + i);
+        __m128i *target = (__m128i *)(to + i);
+        __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
+        __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+        _mm_stream_si128(target, a);
+        _mm_stream_si128(target + 1, b);
+        _mm_stream_si128(target + 2, c);
+        _mm_stream_si128(target + 3, d);
+    }
+    memcpy(to + i, from + i, size - i);
+    _mm_sfence();
+#else
+    memcpy(to, from, size);
+#endif
+}
 
 static inline void move_each(const Move *move, const Rows *rows, npy_intp from, npy_intp to, const int reading)
 {
@@ -259,6 +300,10 @@ static void move_some(const Task *task, npy_intp from, npy_intp to)
         if (rows->index == NULL && (rows->step == 1 || count == 1) && move->batch_step == move->width) {
             char *row = move->buffer + row_at(rows, from) * move->width, *other = move->batch + from * move->width;
             memcpy(task->reading ? other : row, task->reading ? row : other, (size_t)(count * move->width));
+        } else if (move->is_cold && move->width >= WIDE_ROW) {
+            for (npy_intp j = from; j < to; j++)
+                copy_past_caches(move->batch + j * move->width, move->buffer + row_at(rows, j) * move->width,
+                                 (size_t)move->width);
         } else if (task->reading) {
             move_each(move, rows, from, to, 1);
         } else {
@@ -490,7 +535,8 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
             npy_intp dims[NPY_MAXDIMS];
             memcpy(dims, rows.dims, rows.ndim * sizeof(npy_intp));
             memcpy(dims + rows.ndim, PyArray_DIMS(buffer) + 1, (ndim - rows.ndim) * sizeof(npy_intp));
-            leaf = new_array(PyArray_DESCR(buffer), ndim, dims, (size_t)(rows.count * moves[i].width));
+            leaf = new_array(PyArray_DESCR(buffer), ndim, dims, (size_t)(rows.count * moves[i].width),
+                             &moves[i].is_cold);
         }
         if (leaf == NULL) {
             Py_CLEAR(leaves);

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import datetime
 import gc
 import importlib.metadata
@@ -131,6 +132,9 @@ def measure_filling(workload: Workload, kinds: list[Any]) -> Figures:
 
 
 def resident_bytes() -> int:
+    """What is in memory, without what `free` has kept for later, such as that of the items to fill a store with."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))
 
@@ -139,7 +143,6 @@ def measure_memory(kind: Any, workload: Workload) -> Figures:
     """The bytes that a full store adds to this process, which must have done nothing else."""
     small = Workload(workload.name, workload.spec, 256)
     kind(small).fill(small)
-    gc.collect()
     before = resident_bytes()
     subject = kind(workload)
     subject.fill(workload)

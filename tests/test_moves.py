@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import importlib.util
 import math
@@ -275,6 +276,17 @@ class TestLargeBatches:
                 alive.pop(start % 5)
             for first, batch in alive:
                 np.testing.assert_array_equal(batch, stored[first : first + 64])
+
+    @pytest.mark.parametrize("width", [1024, 4096, 4099, 28224])
+    def test_memory_that_is_used_again_after_a_long_time(self, width):
+        """Which is written to past the caches."""
+        stored = np.random.default_rng(width).integers(0, 256, (1000, width + 1), np.uint8)
+        rows = np.random.default_rng(0).integers(0, 1000, (40, (2 << 20) // width))
+        alive = collections.deque(maxlen=30)
+        for some in rows:
+            alive.append((some, moves.gather([stored[:, 1:].copy()], some)[0]))
+        for some, found in alive:
+            np.testing.assert_array_equal(found, stored[some, 1:])
 
     def test_two_readers_wait_for_nobody_else_s_helpers(self):
         stored = np.zeros((64, 1_500_000), np.uint8)

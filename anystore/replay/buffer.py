@@ -317,7 +317,8 @@ class ReplayBuffer:
             As `Storage.set`; nothing has changed then.
         """
         if self._lanes.count > 1:
-            if (count := self._count(item)) != self._lanes.count:
+            _, count = next(self._counts(item))
+            if count != self._lanes.count:
                 raise ValueError(f"expected an item of each of {self._lanes.count} lanes, found {count} items")
             self.extend(item)
             return
@@ -341,34 +342,42 @@ class ReplayBuffer:
         ValueError, TypeError, OverflowError
             As `Storage.set`, or if the lanes are not right; nothing has changed then.
         """
-        count = self._count(batch)
-        with self.lock, self._backend.stream():
-            of_items = self._lanes.of_batch(count, lanes)
-            for part, number in self._layout.admit(batch, count):
-                self._layout.write(part, number, of_items)
-                self._lanes.added(number, of_items)
-                self._advance(number)
+        _, count = next(self._counts(batch))
+        try:
+            with self.lock, self._backend.stream():
+                of_items = self._lanes.of_batch(count, lanes)
+                for part, number in self._layout.admit(batch, count):
+                    self._layout.write(part, number, of_items)
+                    self._lanes.added(number, of_items)
+                    self._advance(number)
+        except ValueError:
+            self._check_counts(batch)
+            raise
 
     def _advance(self, count: int) -> None:
         self._ring.advance(count)
         newest = min(count, self._ring.capacity)
         self._sampler.added(range(self._ring.total - newest, self._ring.total))
 
-    def _count(self, batch: Any) -> int:
-        """How many items a batch has."""
-        counts = {}
+    def _counts(self, batch: Any) -> Iterator[tuple[str, int]]:
+        """How many items a batch has, by each of its leaves that tells."""
+        found = False
         for path, leaf, spec in zip(self._nest.paths, self._nest.flatten(batch), self._nest.specs):
             shape = leaf.shape if is_array(leaf) else np.shape(leaf)
             if len(shape) == len(spec.shape) + 1:
-                counts[path] = int(shape[0])
-        if not counts:
+                found = True
+                yield path, int(shape[0])
+        if not found:
             paths = ", ".join(map(label, self._nest.paths))
             raise ValueError(f"expected a batch, an axis of items in front of each leaf, found none in {paths}")
+
+    def _check_counts(self, batch: Any) -> None:
+        """Refuse a batch whose leaves do not have the same number of items."""
+        counts = dict(self._counts(batch))
         most = statistics.mode(counts.values())
         for path, count in counts.items():
             if count != most:
-                raise ValueError(f"{label(path)}: expected {most} items, as most leaves have, found {count}")
-        return most
+                raise ValueError(f"{label(path)}: expected {most} items, as most leaves have, found {count}") from None
 
     def end_episode(self, lanes: Any = None) -> None:
         """Let the episodes of these lanes, or of all, end with their newest items, as if these had been truncated.
@@ -548,7 +557,12 @@ class ReplayBuffer:
             )
         if not tests:
             return candidates, None
-        return candidates, lambda places: functools.reduce(operator.and_, [test(places + oldest) for test in tests])
+
+        def usable(places: Array) -> Array:
+            places = places + oldest if oldest else places
+            return functools.reduce(operator.and_, [test(places) for test in tests])
+
+        return candidates, usable
 
     def _sample_of(
         self, drawn: Array, candidates: range, items: range, how: _How, weights: Array | None = None

@@ -121,11 +121,12 @@ class Draws:
     def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
         """Which draws are of use."""
         xp = self._backend.xp
-        good = xp.ones_like(places, dtype=xp.bool)
-        if not self._sampler.inside:
+        if self._sampler.inside:
+            good = xp.ones_like(places, dtype=xp.bool) if usable is None else usable(places)
+        else:
             good = (places >= 0) & (places < len(items))
-        if usable is not None:
-            good = good & usable(places if self._sampler.inside else xp.where(good, places, xp.zeros_like(places)))
+            if usable is not None:
+                good = good & usable(xp.where(good, places, xp.zeros_like(places)))
         return good & self._first_of_equals(places) if self._sampler.distinct else good
 
     def _first_of_equals(self, places: Array) -> Array:
