@@ -319,6 +319,21 @@ class SamplersContract:
         with pytest.raises(ValueError, match=f"^expected places below 10 from Lost.draw, found none among .*{place}, "):
             self.make(sampler=Lost()).sample(4)
 
+    def test_no_more_is_drawn_than_there_are_items(self) -> None:
+        """But for a few; beyond that a look at every item is less."""
+        drawn = []
+
+        class Counting(Uniform):
+            def draw(self, count: int, items: range) -> Any:
+                drawn.append(count)
+                return super().draw(count, items)
+
+        buffer = self.make(10, 10, ends=[*range(7), 8, 9], sampler=Counting())  # one window of ten
+        for _ in range(2):
+            found = buffer.sample(40_000, num_steps=2, at_end="whole").rows
+            assert set(to_numpy(found).tolist()) == {7}
+        assert max(drawn) <= 1 << 16
+
     def test_chances_of_one_s_own(self) -> None:
         chances = np.array([1, 2, 3, 4, 0, 1, 2, 3, 4, 0])
         assert_distributed(self.counts(self.make(sampler=Chosen(chances))), chances)

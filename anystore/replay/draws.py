@@ -24,6 +24,8 @@ Usable = Callable[[Array], Array]
 
 _HIGHEST = 9
 """The level from which on every item is looked at, instead of drawing still more."""
+_FEW = 1 << 16
+"""So many draws are made at any rate, before every one of fewer items is looked at."""
 
 
 class Draws:
@@ -66,7 +68,7 @@ class Draws:
         if sampler.distinct and 2 * count > len(items):
             return self._draw_exactly(count, items, usable)
         places = self._nothing
-        while self.level < _HIGHEST:
+        while self.level < _HIGHEST and _drawn_at(self.level, count) <= max(count, len(items), _FEW):
             # The whole numbers that a level has, and not just as many as are missing, which would never be the same: a
             # library that compiles does so for every shape.
             more = self._drawn(_drawn_at(self.level, count) - places.shape[0], items)
