@@ -23,7 +23,7 @@
 
 #define MOST_THREADS 4
 /* Below this many bytes for each, another thread costs more than it brings. */
-#define BYTES_PER_THREAD (1 << 20)
+#define BYTES_PER_THREAD (3 << 17)
 /* What a thread takes at a time: enough to be worth the taking, few enough that none is left waiting for long. */
 #define BYTES_PER_CHUNK (1 << 18)
 /* Below this many bytes in all, other Python threads may as well wait. */
