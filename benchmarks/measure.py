@@ -80,7 +80,8 @@ def time_in_turn(
     calls: dict[str, Callable[[int], object]], rounds: int = ROUNDS, seconds: float = SECONDS
 ) -> dict[str, Figures]:
     """Microseconds a call of each subject: median, and quartiles."""
-    for call in calls.values():  # until as many batches are alive as will be, and their memory is there
+    # Until as many batches are alive as will be, and libraries have imported and allocated what they put off.
+    for call in calls.values():
         for i in range(2 * KEPT):
             call(i)
     counts = {name: calls_in(seconds, call) for name, call in calls.items()}
@@ -181,6 +182,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def heading(figures: Figures, more: str = "") -> str:
+    """When and where figures were measured, and with what."""
+    found = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
+    computer = figures["machine"]
+    where = f"{computer['processor']}, {computer['cores']} cores, {computer['system']}"
+    return f"{figures['date']}; {where}; {more}{found}."
 
 
 def measure(environment: str, names: list[str]) -> Figures:

@@ -61,15 +61,11 @@ in `obs`, or in `next_obs` where the episode had not terminated. TF-Agents keeps
 keeps the stack in memory that it is a view of. Times: each in that process, alone."""
 ROUNDS, SECONDS = 61, 0.004
 """Many short rounds, so that those in which another program had the processor are far from the median."""
-FIRST = 10
-"""Calls that are not timed, in which libraries import and allocate what they put off."""
 
 Calls = dict[str, Callable[[int], object]]
 
 
 def time_in_turn(calls: Calls) -> Figures:
-    for i, call in itertools.product(range(FIRST), calls.values()):
-        call(i)
     return measuring.time_in_turn(calls, ROUNDS, SECONDS)
 
 
@@ -289,10 +285,8 @@ def memory_table(environments: dict[str, Figures]) -> str:
 
 
 def heading(figures: Figures) -> str:
-    found = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
-    computer = figures["machine"]
-    where = f"{computer['processor']}, {computer['cores']} cores, {computer['system']}"
-    return f"{figures['date']}; {where}; load before {figures['load']:.1f}; {found}. {figures['note']}".rstrip()
+    load = f"load before {figures['load']:.1f}; "
+    return f"{measuring.heading(figures, load)} {figures['note']}".rstrip()
 
 
 def report(environments: dict[str, Figures]) -> str:

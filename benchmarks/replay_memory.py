@@ -9,7 +9,6 @@ two are alike by chance, and carry their number, so that a sample tells whether 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -339,11 +338,9 @@ def measure(kind: Callable[[int], Kept]) -> dict[str, Any]:
     fill(warm, WARM_UP)
     warm.sample(8)
     del warm
-    gc.collect()
     before = resident_bytes()
     buffer = kind(CAPACITY)
     fill(buffer, WRITTEN)
-    gc.collect()
     resident, there = resident_bytes() - before, buffer.transitions()
     batches = [buffer.read(buffer.sample(BATCH)) for _ in range(CHECKED)]
     some = list(steps(200))

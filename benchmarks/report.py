@@ -16,6 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.measure import heading
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin figures -->\n", "<!-- end figures -->\n"
@@ -81,12 +83,6 @@ def memory_table(environments: dict[str, Figures]) -> str:
         if any(cells):
             lines.append(f"| {subject} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def heading(figures: Figures) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
-    computer = figures["machine"]
-    return f"{figures['date']}; {computer['processor']}, {computer['cores']} cores, {computer['system']}; {versions}."
 
 
 def draw(environments: dict[str, Figures], path: Path) -> None:

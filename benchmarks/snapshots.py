@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from anystore import ArraySpec, Storage, load
-from benchmarks.measure import machine, versions
+from benchmarks.measure import heading, machine, versions
 
 ROUNDS = 5
 PIECE = 1 << 22
@@ -338,11 +338,8 @@ def as_markdown(results: dict[str, Any]) -> str:
         "",
     ]
     for name, section in results.items():
-        computer = section["machine"]
-        about = f"{computer['processor']}, {computer['cores']} cores, {computer['system']}"
-        found = ", ".join(f"{library} {version}" for library, version in section["versions"].items())
         size = f"{section['rows']:,} rows of {section['row_nbytes']:,} bytes, {section['nbytes'] / 1e9:.2f} GB"
-        lines += [f"## {name}", "", f"{size}; {section['date']}; {about}; {found}.", ""]
+        lines += [f"## {name}", "", f"{size}; {heading(section)}", ""]
         for title, figures in section["figures"].items():
             if title == "get 256 rows":
                 for place, inner in figures.items():

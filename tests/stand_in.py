@@ -409,7 +409,7 @@ OPERATORS = (
     *("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert", "abs"),
 )
 FUNCTIONS = (
-    *("all", "any", "argmax", "argsort", "astype", "broadcast_to", "concat", "cumulative_sum", "exp", "full_like"),
+    *("all", "any", "argsort", "astype", "broadcast_to", "concat", "cumulative_sum", "exp", "full_like"),
     *("isdtype", "isfinite", "log", "max", "maximum", "min", "minimum", "moveaxis", "nonzero", "ones_like"),
     *("reshape", "searchsorted", "stack", "sum", "take", "where", "zeros_like"),
 )
@@ -527,7 +527,7 @@ def installed(monkeypatch: Any, run: Any = by_reference) -> Any:
     compat.__dict__.update({name: value for name, value in vars(cupy).items() if not name.startswith("__")})
     compat.__dict__.update({name: _function(name) for name in FUNCTIONS})
     compat.__dict__.update(
-        {name: getattr(np, name) for name in ("int8", "int32", "int64", "float32", "float64")}, bool=np.bool_
+        {name: getattr(np, name) for name in ("int32", "int64", "float32", "float64")}, bool=np.bool_
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "array_api_compat.cupy", compat)

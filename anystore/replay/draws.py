@@ -87,8 +87,10 @@ class Draws:
 
     def _refuse_strangers(self, places: Array, items: range) -> None:
         """Refuse a sampler that finds nothing but places that are none."""
+        if self._sampler.inside or not places.shape[0]:
+            return
         found = to_numpy(places)
-        if not self._sampler.inside and len(found) and not ((found >= 0) & (found < len(items))).any():
+        if not ((found >= 0) & (found < len(items))).any():
             raise ValueError(
                 f"expected places below {len(items)} from {type(self._sampler).__name__}.draw, found none among "
                 f"{len(found)}: {found[:3].tolist()}, ..."

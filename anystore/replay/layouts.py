@@ -48,9 +48,8 @@ class Plain:
         self._ring = ring
         self._lanes = lanes
         self._select = functools.lru_cache(maxsize=16)(storage.select)
-        flags = [path for path in (terminated, truncated) if path is not None]
-        self._ends = storage.select(*flags) if flags else None
-        self._flags = flags
+        self._flags = [path for path in (terminated, truncated) if path is not None]
+        self._ends = storage.select(*self._flags) if self._flags else None
         self._truncated = None if truncated is None else storage.select(truncated)
 
     @property
