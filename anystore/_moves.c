@@ -48,7 +48,6 @@ typedef struct {
     void *memory;
     size_t size;
     uint64_t given; /* the bytes that were given out in all, itself included */
-    int is_cold;
 } Block;
 
 static Block idle[MOST_IDLE_BLOCKS]; /* the one that has been idle for the longest time first */
@@ -79,20 +78,21 @@ static void give_block(Block block)
     idle_bytes += block.size;
 }
 
-/* A block of at least this size; its memory is NULL if there is none. */
-static Block take_block(size_t size)
+/* A block of at least this size, and whether it is in no cache; its memory is NULL if there is none. */
+static Block take_block(size_t size, int *is_cold)
 {
+    *is_cold = 0;
     given_bytes += size;
     for (int i = idle_count - 1; i >= 0; i--) {
         if (idle[i].size >= size && idle[i].size - size <= size / 4) {
             Block block = drop_idle(i);
-            block.is_cold = given_bytes - block.given > BYTES_IN_CACHES;
+            *is_cold = given_bytes - block.given > BYTES_IN_CACHES;
             block.given = given_bytes;
             return block;
         }
     }
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    Block block = {NULL, (size + page - 1) / page * page, given_bytes, 0};
+    Block block = {NULL, (size + page - 1) / page * page, given_bytes};
     void *memory = mmap(NULL, block.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         return block;
@@ -116,12 +116,11 @@ static PyObject *new_in_block(PyArray_Descr *descr, int ndim, npy_intp *dims, si
     Block *block = PyMem_Malloc(sizeof(Block));
     if (block == NULL)
         return PyErr_NoMemory();
-    *block = take_block(size);
+    *block = take_block(size, is_cold);
     if (block->memory == NULL) {
         PyMem_Free(block);
         return PyErr_NoMemory();
     }
-    *is_cold = block->is_cold;
     PyObject *owner = PyCapsule_New(block, NULL, release_block);
     if (owner == NULL) {
         give_block(*block);
