@@ -207,6 +207,15 @@ static int read_rows(PyObject *object, Rows *rows)
     return 0;
 }
 
+/* Whether each row is at least 0 and below the capacity. By signs, since SSE2 cannot compare 64 bits. */
+static int all_below(const npy_intp *rows, npy_intp count, npy_intp capacity)
+{
+    npy_uintp signs = 0, last = (npy_uintp)capacity - 1;
+    for (npy_intp i = 0; i < count; i++)
+        signs |= (npy_uintp)rows[i] | (last - (npy_uintp)rows[i]);
+    return (npy_intp)signs >= 0;
+}
+
 static inline npy_intp row_at(const Rows *rows, npy_intp i)
 {
     return rows->index != NULL ? rows->index[i] : rows->start + i * rows->step;
@@ -242,13 +251,15 @@ typedef struct {
 #define AHEAD 16
 
 /* With the width known, the compiler makes loads and stores of each memcpy. */
-#define MOVE_EACH(WIDTH)                                                     \
-    for (npy_intp i = from; i < to; i++) {                                   \
-        char *row = move->buffer + row_at(rows, i) * (npy_intp)(WIDTH);      \
-        if (i + AHEAD < to)                                                  \
-            __builtin_prefetch(move->buffer + row_at(rows, i + AHEAD) * (npy_intp)(WIDTH), !reading); \
-        char *other = move->batch + i * move->batch_step;                    \
-        memcpy(reading ? other : row, reading ? row : other, (size_t)(WIDTH)); \
+#define MOVE_EACH(WIDTH)                                                                                 \
+    for (npy_intp i = from; i < to; i++) {                                                               \
+        char *row = buffer + (index != NULL ? index[i] : start + i * step) * (npy_intp)(WIDTH);          \
+        char *other = batch + i * (reading ? (npy_intp)(WIDTH) : batch_step);                            \
+        if (index != NULL && i + AHEAD < to) {                                                           \
+            const char *ahead = buffer + index[i + AHEAD] * (npy_intp)(WIDTH);                           \
+            reading ? __builtin_prefetch(ahead, 0) : __builtin_prefetch(ahead, 1);                       \
+        }                                                                                                \
+        memcpy(reading ? other : row, reading ? row : other, (size_t)(WIDTH));                           \
     }
 
 /* Past the caches: a write through them would first fetch the memory that it overwrites. */
@@ -276,7 +287,11 @@ static void copy_past_caches(char *to, const char *from, size_t size)
 
 static inline void move_each(const Move *move, const Rows *rows, npy_intp from, npy_intp to, const int reading)
 {
-    switch (move->width) {
+    /* In variables, since for all that the compiler knows each write may change what the pointers lead to. */
+    char *const buffer = move->buffer, *const batch = move->batch;
+    const npy_intp *const index = rows->index, start = rows->start, step = rows->step;
+    const npy_intp width = move->width, batch_step = move->batch_step;
+    switch (width) {
     case 1: MOVE_EACH(1) break;
     case 2: MOVE_EACH(2) break;
     case 4: MOVE_EACH(4) break;
@@ -284,7 +299,7 @@ static inline void move_each(const Move *move, const Rows *rows, npy_intp from, 
     case 12: MOVE_EACH(12) break;
     case 16: MOVE_EACH(16) break;
     case 32: MOVE_EACH(32) break;
-    default: MOVE_EACH(move->width)
+    default: MOVE_EACH(width)
     }
 }
 
@@ -450,13 +465,10 @@ static npy_intp width_of(PyArrayObject *buffer)
 static int are_inside(const Rows *rows, PyArrayObject *buffer)
 {
     npy_uintp capacity = PyArray_DIM(buffer, 0);
-    int outside = 0;
-    if (rows->index == NULL)
-        return rows->count == 0 || ((npy_uintp)row_at(rows, 0) < capacity &&
-                                    (npy_uintp)row_at(rows, rows->count - 1) < capacity);
-    for (npy_intp i = 0; i < rows->count; i++)
-        outside |= (npy_uintp)rows->index[i] >= capacity;
-    return !outside;
+    if (rows->index != NULL)
+        return all_below(rows->index, rows->count, PyArray_DIM(buffer, 0));
+    return rows->count == 0 ||
+           ((npy_uintp)row_at(rows, 0) < capacity && (npy_uintp)row_at(rows, rows->count - 1) < capacity);
 }
 
 /* The buffers of a call, a list of C-contiguous arrays; their moves, or NULL with an exception. */
@@ -790,12 +802,7 @@ static PyObject *all_inside(PyObject *module, PyObject *const *arguments, Py_ssi
         return NULL;
     if (PyArray_TYPE(index) != NPY_INTP || !PyArray_ISCARRAY_RO(index) || PyArray_NDIM(index) == 0)
         Py_RETURN_FALSE;
-    const npy_intp *rows = PyArray_DATA(index);
-    npy_intp count = PyArray_SIZE(index);
-    int outside = 0;
-    for (npy_intp i = 0; i < count; i++)
-        outside |= (npy_uintp)rows[i] >= (npy_uintp)capacity; /* a negative one is a huge one */
-    return PyBool_FromLong(!outside);
+    return PyBool_FromLong(all_below(PyArray_DATA(index), PyArray_SIZE(index), capacity));
 }
 
 

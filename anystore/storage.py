@@ -307,13 +307,12 @@ class Storage:
             raise ValueError("out= is filled with a copy; pass copy=True or copy=None with it")
         arrays, lead = self._nest.flatten(out), leading_shape(rows)
         for path, array, spec, dtype in zip(self._nest.paths, arrays, self._nest.specs, self._dtypes):
+            shape = lead + spec.shape
             if not self._backend.writable(array):
                 expected = f"a writable array of {self._backend.library} on {self.device}"
                 raise ValueError(f"{label(path)}: expected {expected} in out=, found a {type(array).__name__}")
-            if tuple(array.shape) != lead + spec.shape:
-                raise ValueError(
-                    f"{label(path)}: expected shape {lead + spec.shape} in out=, found {tuple(array.shape)}"
-                )
+            if array.shape != shape:
+                raise ValueError(f"{label(path)}: expected shape {shape} in out=, found {tuple(array.shape)}")
             if array.dtype != dtype:
                 raise ValueError(f"{label(path)}: expected {spec.dtype} in out=, found {array.dtype}")
         self._backend.gather_into(self._buffers, rows, arrays)

@@ -27,10 +27,14 @@ _TRACED = "a storage cannot be written to within jax.jit or another transformati
 class _Cell:
     """The place of an array that every write replaces by its successor."""
 
-    __slots__ = ("array",)
+    __slots__ = ("array", "dtype", "row_shape", "sharding")
 
     def __init__(self, array: jax.Array) -> None:
         self.array = array
+        # The same for every successor, and JAX takes longer to tell them.
+        self.dtype = array.dtype
+        self.row_shape: tuple[int, ...] = array.shape[1:]
+        self.sharding = array.sharding
 
 
 class JaxBackend(Backend):
@@ -112,24 +116,25 @@ class JaxBackend(Backend):
     def _scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         arrays = [buffer.array for buffer in buffers]
         # An array cannot be given away and read in one call.
-        leaves = [jnp.copy(leaf) if any(leaf is array for array in arrays) else leaf for leaf in leaves]
-        if isinstance(rows, int):
-            written = _write_slice(arrays, rows, list(leaves), 1)
-        elif isinstance(rows, range) and rows.step == 1:
-            written = _write_slice(arrays, rows.start, list(leaves), len(rows))
+        given = set(map(id, arrays))
+        leaves = [jnp.copy(leaf) if id(leaf) in given else leaf for leaf in leaves]
+        if type(rows) is int:
+            written = _write_slice(arrays, rows, leaves, 1)
+        elif type(rows) is range and rows.step == 1:
+            written = _write_slice(arrays, rows.start, leaves, len(rows))
         else:
             index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
-            last = last_writes(index.reshape(-1))
-            written = _write_rows(arrays, index, list(leaves), last)
-        if any(isinstance(array, jax.core.Tracer) for array in written):
+            written = _write_rows(arrays, index, leaves, last_writes(index.reshape(-1)))
+        if isinstance(written[0], jax.core.Tracer):  # and then all of them are
             raise TypeError(_TRACED)
         for buffer, array in zip(buffers, written):
             buffer.array = array
 
     def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
         lead = leading_shape(rows)
-        if not all(_fits(leaf, buffer.array, lead) for buffer, leaf in zip(buffers, leaves)):
-            return False
+        for leaf, buffer in zip(leaves, buffers):
+            if not _fits(leaf, buffer, lead):
+                return False
         self.scatter(buffers, rows, leaves)
         return True
 
@@ -260,12 +265,11 @@ def _is_supported(dtype: np.dtype[Any]) -> bool:
     return True
 
 
-def _fits(leaf: Any, array: jax.Array, lead: tuple[int, ...]) -> bool:
+def _fits(leaf: Any, buffer: _Cell, lead: tuple[int, ...]) -> bool:
     """Whether the leaf can be written to the rows of a buffer without being converted or moved."""
-    if type(leaf) is not type(array) or leaf.dtype != array.dtype or leaf.sharding != array.sharding:
+    if type(leaf) is not type(buffer.array) or leaf.dtype != buffer.dtype or leaf.sharding != buffer.sharding:
         return False
-    shape: tuple[int, ...] = array.shape[1:]
-    return leaf.shape == lead + shape or leaf.shape == shape
+    return leaf.shape in (lead + buffer.row_shape, buffer.row_shape)
 
 
 def _existing() -> dict[str, jax.Device]:

@@ -77,16 +77,14 @@ class TorchBackend(Backend):
 
     def gather(self, buffers: Sequence[torch.Tensor], rows: Rows, copy: bool | None) -> list[Array]:
         if self.views(rows):
-            # torch gives an array of a single number as it is, and takes longer where an Ellipsis asks for it.
-            index: Any = rows if isinstance(rows, int) else basic_index(rows)  # type: ignore[arg-type]
-            views = [buffer[index] for buffer in buffers]
+            views = _views(buffers, rows)
             return [view.clone() for view in views] if copy else views
         flat, shape = self._index(rows)
         return [buffer.index_select(0, flat).view(shape + buffer.shape[1:]) for buffer in buffers]
 
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
         if self.views(rows):
-            for view, tensor in zip(self.gather(buffers, rows, copy=False), out):
+            for view, tensor in zip(_views(buffers, rows), out):
                 tensor.copy_(view)
             return
         index, shape = self._index(rows)
@@ -101,7 +99,7 @@ class TorchBackend(Backend):
         own = {buffer.untyped_storage().data_ptr() for buffer in buffers}
         leaves = [leaf.clone() if leaf.untyped_storage().data_ptr() in own else leaf for leaf in leaves]
         if self.views(rows):
-            for view, leaf in zip(self.gather(buffers, rows, copy=False), leaves):
+            for view, leaf in zip(_views(buffers, rows), leaves):
                 view.copy_(leaf)
             return
         index, shape = self._index(rows)
@@ -136,7 +134,7 @@ class TorchBackend(Backend):
 
     def views(self, rows: Rows) -> bool:
         # torch has no negative strides.
-        return super().views(rows) and not (isinstance(rows, range) and rows.step < 0)
+        return type(rows) is int or (type(rows) is range and rows.step > 0)
 
     def writable(self, array: Any) -> bool:
         if not isinstance(array, torch.Tensor) or array.layout is not torch.strided:
@@ -208,7 +206,7 @@ class TorchHostBackend(TorchBackend):
 
     def gather(self, buffers: Sequence[torch.Tensor], rows: Rows, copy: bool | None) -> list[Array]:
         if not copy and self.views(rows):
-            return super().gather(buffers, rows, copy)
+            return _views(buffers, rows)
         leaves = moves.gather(_arrays(buffers), rows)
         return [_as_tensor(leaf, buffer.dtype) for leaf, buffer in zip(leaves, buffers)]
 
@@ -239,6 +237,12 @@ class TorchHostBackend(TorchBackend):
         return _arrays(buffers)
 
 
+def _views(buffers: Sequence[torch.Tensor], rows: Any) -> list[torch.Tensor]:
+    # torch gives an array of a single number as it is, and takes longer where an Ellipsis asks for it.
+    index = rows if type(rows) is int else basic_index(rows)
+    return [buffer[index] for buffer in buffers]
+
+
 class _HostTensors(list[torch.Tensor]):
     """The buffers of a storage, and NumPy arrays on their memory."""
 
@@ -255,7 +259,9 @@ def _as_array(tensor: torch.Tensor) -> NDArray[Any]:
     """A NumPy array on the memory of the tensor: of its dtype, or of integers if NumPy lacks that."""
     if tensor.dtype not in _READ_BY_NUMPY:
         tensor = tensor.contiguous().view(_BITS[tensor.itemsize])
-    array: NDArray[Any] = tensor.numpy(force=tensor.is_conj() or tensor.is_neg())
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    array: NDArray[Any] = tensor.numpy()
     return array
 
 
