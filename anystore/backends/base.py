@@ -77,6 +77,23 @@ class Backend(ABC):
             If it has none, with the remedy.
         """
 
+    @property
+    def index_dtype(self) -> np.dtype[Any]:
+        """What places and numbers are counted in: int64, or int32 where the library has none."""
+        return self._widest("int64", "int32")
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """What chances are computed in: float64, or float32 where the library has none."""
+        return self._widest("float64", "float32")
+
+    def _widest(self, wide: str, narrow: str) -> np.dtype[Any]:
+        try:
+            self.native_dtype(np.dtype(wide))
+        except ValueError:
+            return np.dtype(narrow)
+        return np.dtype(wide)
+
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
         """A buffer of zeros, with memory committed only as rows are written wherever the device allows it."""
@@ -117,6 +134,10 @@ class Backend(ABC):
     @abstractmethod
     def from_numpy(self, array: NDArray[Any]) -> Array:
         """An array of the library with the same values, on the device; it may share the memory of `array`."""
+
+    def as_index(self, integers: NDArray[Any]) -> Array:
+        """Integers from main memory as an array of the library, in `index_dtype`."""
+        return self.from_numpy(integers.astype(self.index_dtype, copy=False))
 
     @abstractmethod
     def move(self, array: Array, dtype: Any) -> Array:

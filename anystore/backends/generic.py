@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, resolve_device
-from anystore.backends.random import HostRandom, Random
 from anystore.convert import to_numpy
 from anystore.rows import Rows, basic_index
 
@@ -45,7 +44,6 @@ class GenericBackend(Backend):
         self.device = resolve_device(_spell(device), list(devices), self.name)
         self._device = devices[self.device]
         self._dtypes = info.dtypes(device=self._device)
-        self._index_dtype = np.dtype("int64" if "int64" in self._dtypes else "int32")
         self.has_views = self._shares_views()
 
     @property
@@ -63,13 +61,13 @@ class GenericBackend(Backend):
         return self._dtypes[dtype.name]
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        if shape[0] > np.iinfo(self._index_dtype).max:
-            raise ValueError(f"{self.name} on {self.device} counts rows in {self._index_dtype}")
+        if shape[0] > np.iinfo(self.index_dtype).max:
+            raise ValueError(f"{self.name} on {self.device} counts rows in {self.index_dtype}")
         return self._xp.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
 
     def gather(self, buffers: Sequence[Array], rows: Rows, copy: bool | None) -> list[Array]:
         if isinstance(rows, np.ndarray):
-            index = self.from_numpy(rows.reshape(-1).astype(self._index_dtype))
+            index = self.as_index(rows.reshape(-1))
             return [self._take(buffer, index, rows.shape) for buffer in buffers]
         views = [buffer[basic_index(rows)] for buffer in buffers]
         return [self._xp.asarray(view, copy=True) for view in views] if copy else views
@@ -93,11 +91,7 @@ class GenericBackend(Backend):
                 buffer[row, ...] = leaf[position, ...]
 
     def chosen(self, mask: Array) -> Array:
-        positions = np.flatnonzero(to_numpy(mask))
-        try:
-            return self.from_numpy(positions)
-        except ValueError:  # no int64 there
-            return self.from_numpy(positions.astype(np.int32))
+        return self.as_index(np.flatnonzero(to_numpy(mask)))
 
     def from_numpy(self, array: NDArray[Any]) -> Array:
         return self._xp.asarray(array, dtype=self.native_dtype(array.dtype), device=self._device)
@@ -106,10 +100,6 @@ class GenericBackend(Backend):
         # First, since the device may lack the dtype that the array has.
         array = self._xp.astype(array, dtype, copy=False)
         return array if array.device == self._device else array.to_device(self._device)
-
-    def random(self, seed: int | None = None) -> Random:
-        floats = np.float64 if "float64" in self._dtypes else np.float32
-        return HostRandom(self, seed, self._index_dtype, floats)
 
     def writable(self, array: Array) -> bool:
         return super().writable(array) and array.device == self._device

@@ -152,9 +152,9 @@ class NumpyRandom(Random):
 
     kind = "numpy"
 
-    def __init__(self, seed: int | None, float_dtype: type[np.floating[Any]] = np.float64) -> None:
+    def __init__(self, seed: int | None, float_dtype: Any = np.float64) -> None:
         self._generator = np.random.Generator(np.random.PCG64(seed_sequence(seed)))
-        self._float_dtype: Any = float_dtype
+        self._float_dtype = float_dtype
 
     def integers(self, high: int, count: int) -> NDArray[np.int64]:
         if high <= 0 or count < 0:
@@ -194,28 +194,23 @@ class HostRandom(Random):
         Whose arrays to return.
     seed : int or None
         What the draws follow from.
-    index_dtype, float_dtype : NumPy dtypes
-        What the backend has of int64 and int32, float64 and float32.
     """
 
     kind = NumpyRandom.kind
 
-    def __init__(
-        self, backend: Backend, seed: int | None, index_dtype: Any = np.int64, float_dtype: Any = np.float64
-    ) -> None:
+    def __init__(self, backend: Backend, seed: int | None) -> None:
         self._backend = backend
-        self._index_dtype = index_dtype
         # In the dtype in which it is returned: a float64 just below 1 would be rounded to 1.
-        self._host = NumpyRandom(seed, float_dtype)
+        self._host = NumpyRandom(seed, backend.float_dtype)
 
     def integers(self, high: int, count: int) -> Array:
-        return self._backend.from_numpy(self._host.integers(high, count).astype(self._index_dtype, copy=False))
+        return self._backend.as_index(self._host.integers(high, count))
 
     def uniform(self, count: int) -> Array:
         return self._backend.from_numpy(self._host.uniform(count))
 
     def permutation(self, high: int) -> Array:
-        return self._backend.from_numpy(self._host.permutation(high).astype(self._index_dtype, copy=False))
+        return self._backend.as_index(self._host.permutation(high))
 
     def _state(self) -> dict[str, Any]:
         return self._host._state()

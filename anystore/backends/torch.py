@@ -70,6 +70,8 @@ class TorchBackend(Backend):
         native = getattr(torch, dtype.name, None) if dtype.isnative else None
         if not isinstance(native, torch.dtype):
             raise no_dtype("torch", dtype)
+        if self._device.type == "mps" and native in (torch.float64, torch.complex128):
+            raise no_dtype("torch on mps", dtype)
         return native
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
@@ -130,7 +132,7 @@ class TorchBackend(Backend):
         return array.detach().to(self._device, dtype)
 
     def random(self, seed: int | None = None) -> Random:
-        return TorchRandom(self._device, seed)
+        return TorchRandom(self._device, self.native_dtype(self.float_dtype), seed)
 
     def views(self, rows: Rows) -> bool:
         # torch has no negative strides.
@@ -162,10 +164,10 @@ class TorchBackend(Backend):
 class TorchRandom(Random):
     """A torch.Generator on a device."""
 
-    def __init__(self, device: torch.device, seed: int | None) -> None:
+    def __init__(self, device: torch.device, float_dtype: torch.dtype, seed: int | None) -> None:
         self.kind = f"torch on {device.type}"
         self._device = device
-        self._float_dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._float_dtype = float_dtype
         self._generator = torch.Generator(device)
         self._generator.manual_seed(int(seed_sequence(seed).generate_state(1, np.uint64)[0]))
 

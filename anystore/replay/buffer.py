@@ -192,7 +192,7 @@ class ReplayBuffer:
             raise TypeError(f"expected a sampler, such as Prioritized(), found {sampler!r:.80}")
         self._sampler.open(capacity, self._backend, self._random)
         # So that running numbers fit into what the library counts in; a multiple of the capacity.
-        most = 2 ** (8 * self._windows.index_dtype.itemsize - 1)
+        most = 2 ** (8 * self._backend.index_dtype.itemsize - 1)
         self._period = capacity * (most // capacity - 1) or capacity
         self._sampled = 0
         self._draws = Draws(self._sampler, self._random, self._backend)
@@ -530,7 +530,7 @@ class ReplayBuffer:
             yield sample
 
     def _places(self, numbers: NDArray[np.int64], items: range) -> Array:
-        return self._backend.from_numpy((numbers - items.start).astype(self._windows.index_dtype))
+        return self._backend.as_index(numbers - items.start)
 
     def _requirements(self, items: range, how: _How) -> tuple[int, list[Usable]]:
         """How many of the oldest items cannot be read, and what tells of others whether they are of use."""
@@ -672,7 +672,7 @@ class ReplayBuffer:
             array = array.astype(np.intp)
         if len(array.shape) != 1 or as_dtype(array.dtype).kind not in "iu":
             raise TypeError(f"expected rows as in Sample.rows, a flat array of integers, found {rows!r:.80}")
-        brought = self._backend.bring(array, self._windows.index_dtype)
+        brought = self._backend.bring(array, self._backend.index_dtype)
         return self._backend.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
 
     def counts(self) -> Counts:

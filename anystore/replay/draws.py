@@ -14,7 +14,6 @@ from anystore.backends.base import Array
 from anystore.backends.random import Random
 from anystore.convert import is_array, library_of, to_numpy
 from anystore.replay.samplers import Sampler
-from anystore.replay.sum_tree import index_dtype
 from anystore.specs import as_dtype
 
 __all__ = ["Draws", "Usable"]
@@ -50,8 +49,7 @@ class Draws:
         self._sampler = sampler
         self._random = random
         self._backend = backend
-        self._dtype = index_dtype(backend)
-        self._nothing = self._as_places(np.empty(0, np.intp))
+        self._nothing = backend.as_index(np.empty(0, np.intp))
         self.level = 0
 
     def draw(self, count: int, items: range, usable: Usable | None) -> Array:
@@ -105,10 +103,6 @@ class Draws:
                 return
             self.level += 1
 
-    def every(self, count: int) -> Array:
-        """All places below `count`."""
-        return self._as_places(np.arange(count))
-
     def _drawn(self, count: int, items: range) -> Array:
         places = self._sampler.draw(count, items)
         if self._sampler.inside:
@@ -120,7 +114,7 @@ class Draws:
                 f"buffer's library, found {places!r:.80}"
             )
         # A copy, since it may be an array that the sampler goes on to use.
-        return self._backend.xp.astype(places, self._backend.native_dtype(self._dtype), copy=True)
+        return self._backend.xp.astype(places, self._nothing.dtype, copy=True)
 
     def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
         """Which draws are of use."""
@@ -142,7 +136,7 @@ class Draws:
 
     def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
         """The same by a look at every item."""
-        every = self.every(len(items))
+        every = self._backend.as_index(np.arange(len(items)))
         found = self._sampler.chances(every, items)
         chances = np.ones(len(items)) if found is None else to_numpy(found)
         good = chances > 0
@@ -154,7 +148,9 @@ class Draws:
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
         self._settle(count, float(min(1.0, chances[good].sum() / chances.sum())))
-        return self._as_places(places[self._chosen(len(places), count, None if found is None else chances[good])])
+        return self._backend.as_index(
+            places[self._chosen(len(places), count, None if found is None else chances[good])]
+        )
 
     def _chosen(self, length: int, count: int, chances: NDArray[Any] | None) -> NDArray[np.intp]:
         """`count` positions below `length`, by their chances."""
@@ -170,9 +166,6 @@ class Draws:
         sums = np.cumsum(chances, dtype=np.float64)
         drawn = np.searchsorted(sums, to_numpy(self._random.uniform(count)) * sums[-1], side="right")
         return np.asarray(np.minimum(drawn, length - 1), np.intp)
-
-    def _as_places(self, places: NDArray[np.intp]) -> Array:
-        return self._backend.from_numpy(places.astype(self._dtype))
 
 
 def _drawn_at(level: int, count: int) -> int:

@@ -18,7 +18,6 @@ from anystore.convert import to_numpy
 from anystore.nests import map_leaves
 from anystore.replay.lanes import Lanes
 from anystore.replay.ring import Ring, in_order
-from anystore.replay.sum_tree import index_dtype
 from anystore.rows import KnownRows
 from anystore.storage import Storage
 
@@ -109,9 +108,7 @@ class Plain:
         items = self._ring.items
         numbers = self._lanes.newest(lanes)
         numbers = numbers[numbers >= items.start]
-        places = self._truncated.backend.from_numpy(
-            (numbers - items.start).astype(index_dtype(self._truncated.backend))
-        )
+        places = self._truncated.backend.as_index(numbers - items.start)
         going_on = ~to_numpy(self.ends(places, items))
         self._truncated.set(numbers[going_on] % self._ring.capacity, True)
 

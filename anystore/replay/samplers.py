@@ -13,7 +13,7 @@ from anystore.backends.base import Array
 from anystore.backends.random import Random
 from anystore.convert import is_array, to_numpy
 from anystore.plan import as_count
-from anystore.replay.sum_tree import SumTree, float_dtype, index_dtype
+from anystore.replay.sum_tree import SumTree
 
 __all__ = ["Prioritized", "Recent", "Sampler", "Uniform"]
 
@@ -130,7 +130,7 @@ class Recent(Sampler):
 
     def chances(self, places: Array, items: range) -> Array:
         xp = self.backend.xp
-        dtype = self.backend.native_dtype(float_dtype(self.backend))
+        dtype = self.backend.native_dtype(self.backend.float_dtype)
         return xp.astype(places >= len(items) - self.newest, dtype)
 
 
@@ -171,13 +171,13 @@ class Prioritized(Sampler):
         super().open(capacity, backend, random)
         self._tree = SumTree(capacity, backend)
         self._waiting = range(0)
-        numbers = np.finfo(float_dtype(backend))
-        self._most = float(numbers.max) / 2 / capacity  # so that no sum is infinite
-        self._may_be_empty = self.epsilon**self.alpha < float(numbers.tiny)
+        limits = np.finfo(backend.float_dtype)
+        self._most = float(limits.max) / 2 / capacity  # so that no sum is infinite
+        self._least = float(limits.tiny)
 
     def draw(self, count: int, items: range) -> Array:
         self._let_in()
-        if self._may_be_empty and not self._tree.total() > 0:
+        if self.epsilon**self.alpha < self._least and not self._tree.total() > 0:
             raise ValueError("no item has a priority above 0; update priorities, or give Prioritized an epsilon")
         uniforms = self.random.uniform(self._tree.depth * count)
         rows = self._tree.find(self.backend.xp.reshape(uniforms, (self._tree.depth, count)))
@@ -225,15 +225,14 @@ class Prioritized(Sampler):
     def restore(self, state: dict[str, Any], items: range) -> None:
         self.alpha, self.beta, self.epsilon = state["alpha"], state["beta"], state["epsilon"]
         self.highest = state["highest"]
-        self._may_be_empty = self.epsilon**self.alpha < float(np.finfo(float_dtype(self.backend)).tiny)
-        numbers = np.asarray(state["numbers"], float_dtype(self.backend))[-len(items) :]
+        numbers = np.asarray(state["numbers"], self.backend.float_dtype)[-len(items) :]
         if items:
             self._tree.set(self._rows(items), self.backend.from_numpy(numbers))
         self._waiting = range(0)
 
     def _rows(self, items: range) -> Array:
         rows = np.arange(items.start, items.stop, items.step) % self.capacity
-        return self.backend.from_numpy(rows.astype(index_dtype(self.backend)))
+        return self.backend.as_index(rows)
 
     def _numbers(self, items: range) -> Array:
         """The numbers of items in the tree, oldest first."""
@@ -258,7 +257,7 @@ def as_priorities(priorities: Any, count: int, backend: Backend) -> Array:
     ValueError
         If there are not as many, or one is negative, infinite or NaN.
     """
-    dtype = float_dtype(backend)
+    dtype = backend.float_dtype
     array = backend.bring(priorities if is_array(priorities) else np.asarray(priorities, dtype), dtype)
     xp = backend.xp
     array = backend.from_numpy(array) if isinstance(array, np.ndarray) else array

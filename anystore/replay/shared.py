@@ -22,7 +22,6 @@ from anystore.nests import Nest, label
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain, rows_of, write_run
 from anystore.replay.ring import Ring, in_order
-from anystore.replay.sum_tree import index_dtype
 from anystore.rows import KnownRows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
@@ -297,7 +296,7 @@ class Shared(Plain):
     def every(self, path: str, items: range) -> NDArray[Any]:
         if path in self._kept_whole:
             return in_order(self._select("items", path), items)
-        places = self._backend.from_numpy(np.arange(len(items), dtype=index_dtype(self._backend)))
+        places = self._backend.as_index(np.arange(len(items)))
         return to_numpy(self.read(places, items, (path,))[path])
 
     def readable(self, places: Array, items: range) -> Array:

@@ -18,7 +18,7 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.convert import to_numpy
 
-__all__ = ["SumTree", "float_dtype", "index_dtype"]
+__all__ = ["SumTree"]
 
 WIDTH = 16
 
@@ -45,9 +45,9 @@ class SumTree:
         lengths = [_padded(capacity)]
         while lengths[-1] > WIDTH:
             lengths.append(_padded(lengths[-1] // WIDTH))
-        self._levels = [backend.allocate((length,), float_dtype(backend)) for length in lengths]
+        self._levels = [backend.allocate((length,), backend.float_dtype) for length in lengths]
         self._host = None if compiled is None else backend.host_arrays(self._levels)
-        self._places = backend.from_numpy(np.arange(WIDTH, dtype=index_dtype(backend)))
+        self._places = backend.as_index(np.arange(WIDTH))
 
     @property
     def depth(self) -> int:
@@ -106,8 +106,8 @@ class SumTree:
     def set_run(self, rows: range, number: float) -> None:
         """Give all rows of a run the same number, at a small part of what `set` would take for each."""
         xp = self._backend.xp
-        dtype = float_dtype(self._backend)
-        self._backend.scatter([self._levels[0]], rows, [self._backend.from_numpy(np.full((), number, dtype))])
+        filling = self._backend.from_numpy(np.full((), number, self._backend.float_dtype))
+        self._backend.scatter([self._levels[0]], rows, [filling])
         if self._host is not None and compiled is not None:
             compiled.add_up(self._host, np.arange(rows.start, rows.stop))
             return
@@ -125,26 +125,6 @@ class SumTree:
 
     def _read(self, level: Any, rows: Array) -> Array:
         return self._backend.gather([level], self._backend.as_rows(rows), True)[0]
-
-
-def float_dtype(backend: Backend) -> np.dtype[Any]:
-    """float64, or float32 where the backend has none."""
-    return _widest(backend, "float64", "float32")
-
-
-def index_dtype(backend: Backend) -> np.dtype[Any]:
-    """int64, or int32 where the backend has none."""
-    return _widest(backend, "int64", "int32")
-
-
-def _widest(backend: Backend, *names: str) -> np.dtype[Any]:
-    for name in names[:-1]:
-        try:
-            backend.native_dtype(np.dtype(name))
-        except ValueError:
-            continue
-        return np.dtype(name)
-    return np.dtype(names[-1])
 
 
 def _padded(length: int) -> int:

@@ -11,26 +11,18 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
-from anystore.replay.sum_tree import float_dtype, index_dtype
 from anystore.specs import as_dtype, is_extension, kind_of
 
 __all__ = ["Windows"]
 
 
 class Windows:
-    """What items come after others in their lanes; all by places, the positions among the items that are there.
-
-    Attributes
-    ----------
-    index_dtype : NumPy dtype
-        What the backend counts in.
-    """
+    """What items come after others in their lanes; all by places, the positions among the items that are there."""
 
     def __init__(self, layout: Plain, lanes: Lanes, backend: Backend) -> None:
         self._layout = layout
         self._lanes = lanes
         self._backend = backend
-        self.index_dtype = index_dtype(backend)
 
     def beginning(self, num_steps: int, at_end: str, items: range) -> Callable[[Array], Array] | None:
         """What tells which items begin a window that can be drawn; None if all do."""
@@ -77,11 +69,11 @@ class Windows:
         found = as_dtype(rewards.dtype)
         plain_float = kind_of(found) == 2 and not is_extension(found)
         dtype = rewards.dtype if plain_float else self._native("float32")
-        powers = (discount ** np.arange(mask.shape[1] + 1)).astype(float_dtype(self._backend))
+        powers = (discount ** np.arange(mask.shape[1] + 1)).astype(self._backend.float_dtype)
         powers = xp.astype(self._backend.from_numpy(powers), dtype)
         factors = xp.where(mask, powers[:-1][None, :], xp.zeros_like(powers[:1])[None, :])
         factors = xp.reshape(factors, factors.shape + (1,) * (rewards.ndim - 2))
-        integer = self._native(self.index_dtype.name)
+        integer = self._native(self._backend.index_dtype.name)
         counts = xp.sum(xp.astype(mask, integer), axis=-1, dtype=integer)
         discounts = xp.take(powers, counts, axis=0)
         discounts = xp.where(terminated, xp.zeros_like(discounts), discounts)
@@ -106,8 +98,8 @@ class Windows:
 
     def _strided(self, places: Array, num_steps: int) -> Array:
         """The same places for lanes in step, whether items are there or not."""
-        strides = np.arange(num_steps, dtype=self.index_dtype) * self._lanes.count
-        return self._backend.from_numpy(strides)[:, None] + places[None, :]
+        strides = self._backend.as_index(np.arange(num_steps) * self._lanes.count)
+        return strides[:, None] + places[None, :]
 
     def _native(self, name: str) -> Any:
         return self._backend.native_dtype(np.dtype(name))
