@@ -60,6 +60,11 @@ class Nest:
         self.pack: Callable[[Iterable[Any]], Any] = treespec.unflatten
         self._flatten_up_to = treespec.flatten_up_to
 
+    @property
+    def leaves(self) -> dict[str, ArraySpec]:
+        """The specs by their paths."""
+        return dict(zip(self.paths, self.specs))
+
     def flatten(self, value: Any) -> list[Any]:
         """The leaves of `value`, in the order of `specs`.
 

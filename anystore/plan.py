@@ -67,8 +67,7 @@ def plan(data_spec: Any, capacity: int) -> Plan:
       reward  ()           float32        400,000 bytes
       total                         2,822,800,000 bytes
     """
-    nest = Nest(data_spec)
-    return Plan(as_count("capacity", capacity), dict(zip(nest.paths, nest.specs)))
+    return Plan(as_count("capacity", capacity), Nest(data_spec).leaves)
 
 
 def as_count(name: str, count: Any, least: int = 1) -> int:

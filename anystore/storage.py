@@ -8,7 +8,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +98,8 @@ class Storage:
     array([0.5, 0.5, 0. ], dtype=float32)
     """
 
+    _nest_class: ClassVar[type[Nest]] = Nest
+
     def __init__(
         self,
         data_spec: Any,
@@ -113,7 +115,7 @@ class Storage:
             raise ValueError(f"expected a casting among {', '.join(CASTINGS)}, found {casting!r}")
         if directory is None and mode != "r+":
             raise ValueError(f"expected mode={mode!r} for memory-mapped files only; give a directory= as well")
-        self._attach(Nest(data_spec), as_count("capacity", capacity), select_backend(backend, device), casting)
+        self._attach(data_spec, as_count("capacity", capacity), select_backend(backend, device), casting)
         self._buffers = self._allocate(self._capacity) if directory is None else self._map(directory, mode)
 
     @classmethod
@@ -155,9 +157,9 @@ class Storage:
         options: Any = {"casting": entry.casting, "directory": directory, "mode": mode}
         return cls(entry.nest.data_spec, entry.capacity, **options)
 
-    def _attach(self, nest: Nest, capacity: int, backend: Backend, casting: Casting) -> None:
+    def _attach(self, data_spec: Any, capacity: int, backend: Backend, casting: Casting) -> None:
         """Everything but the buffers."""
-        self._nest = nest
+        self._nest = nest = self._nest_class(data_spec)
         self._capacity = capacity
         self._backend = backend
         self._casting = casting
@@ -235,7 +237,7 @@ class Storage:
         if copy is not True:
             if copy is False and not self._backend.views(rows):
                 raise ValueError(f"{_no_view(self._backend, rows)}; pass copy=None or copy=True")
-            if type(rows) is not np.ndarray:
+            if type(rows) is int or self._backend.views(rows):
                 self._lent.ever = True
         return self._nest.pack(self._backend.gather(self._buffers, rows, copy))
 
@@ -462,7 +464,7 @@ class Storage:
         data_spec, positions = self._nest.select(paths)
         root, within = self._selected_from or (self, list(range(len(self._buffers))))
         selection = Storage.__new__(Storage)
-        selection._attach(Nest(data_spec), self._capacity, self._backend, self._casting)
+        selection._attach(data_spec, self._capacity, self._backend, self._casting)
         selection._buffers = self._backend.together([self._buffers[position] for position in positions])
         selection._changes, selection._lent, selection._mapped = self._changes, self._lent, self._mapped
         selection._selected_from = root, [within[position] for position in positions]
@@ -506,7 +508,7 @@ class Storage:
         return self._mapped.replaced(dataclasses.replace(storage_entry(self), capacity=capacity))
 
     def _plan(self, capacity: int) -> Plan:
-        return Plan(capacity, dict(zip(self._nest.paths, self._nest.specs)))
+        return Plan(capacity, self._nest.leaves)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -240,14 +240,45 @@ class _SavedBuffer(tf.train.experimental.PythonState):  # type: ignore[misc]  # 
         self._storage.restore_buffer(self._position, _read_npy(string_value))
 
 
+class _TensorflowNest(Nest):
+    """A nest that takes what is a nest of the same structure to TensorFlow."""
+
+    __slots__ = ()
+
+    def flatten(self, value: Any) -> list[Any]:
+        try:
+            return super().flatten(value)
+        except ValueError as error:
+            pairs = _pairs(self.pack(range(len(self.specs))), value)
+            try:
+                return [leaf for _, leaf in sorted(pairs, key=lambda pair: pair[0])]
+            except _DifferentError:
+                raise error from None
+
+
+class _ScalarsBackend(NumpyBackend):
+    """NumPy, with NumPy scalars for the single numbers of a single row."""
+
+    def gather(self, buffers: Sequence[NDArray[Any]], rows: Rows, copy: bool | None) -> list[Array]:
+        if type(rows) is not int:
+            return super().gather(buffers, rows, copy)
+        leaves = [buffer[rows] for buffer in buffers]
+        return [leaf.copy() for leaf in leaves] if copy else leaves
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class _Storage(Storage):
     """A Storage whose buffers are made when they are first needed, and that takes the values of TF-Agents' class."""
+
+    _nest_class = _TensorflowNest
 
     def __init__(self, data_spec: Any, capacity: int, backend: Any, device: Any) -> None:
         library = select_backend(backend, device)
         if library.name == "numpy":
             library = _ScalarsBackend()
-        self._attach(_TensorflowNest(_checked(data_spec)), as_count("capacity", capacity), library, "unsafe")
+        self._attach(_checked(data_spec), as_count("capacity", capacity), library, "unsafe")
         self._made: dict[int, Buffer] = {}
         self._making = threading.Lock()
 
@@ -340,35 +371,6 @@ class _Storage(Storage):
         super().__setstate__(state)
         self._made = {}
         self._making = threading.Lock()
-
-
-class _TensorflowNest(Nest):
-    """A nest that takes what is a nest of the same structure to TensorFlow."""
-
-    __slots__ = ()
-
-    def flatten(self, value: Any) -> list[Any]:
-        try:
-            return super().flatten(value)
-        except ValueError as error:
-            pairs = _pairs(self.pack(range(len(self.specs))), value)
-            try:
-                return [leaf for _, leaf in sorted(pairs, key=lambda pair: pair[0])]
-            except _DifferentError:
-                raise error from None
-
-
-class _ScalarsBackend(NumpyBackend):
-    """NumPy, with NumPy scalars for the single numbers of a single row."""
-
-    def gather(self, buffers: Sequence[NDArray[Any]], rows: Rows, copy: bool | None) -> list[Array]:
-        if type(rows) is not int:
-            return super().gather(buffers, rows, copy)
-        leaves = [buffer[rows] for buffer in buffers]
-        return [leaf.copy() for leaf in leaves] if copy else leaves
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
 
 
 def _checked(data_spec: Any) -> Any:

@@ -250,6 +250,13 @@ class SamplersContract:
         buffer.update_priorities([7, 11, 16], np.zeros(3))
         assert_distributed(self.counts(buffer), np.where(chances == 0, 0.5, 1.5))
 
+    def test_nothing_but_priority_0_once_epsilon_is_0(self) -> None:
+        buffer = self.make(4, 6, sampler=Prioritized())
+        buffer.sampler.epsilon = 0
+        buffer.update_priorities(np.arange(2, 6), np.zeros(4))
+        with pytest.raises(ValueError, match="^no item has a priority above 0"):
+            buffer.sample(2)
+
     def test_nothing_but_priority_0(self) -> None:
         buffer = self.make(4, 6, sampler=Prioritized(epsilon=0))
         buffer.update_priorities(np.arange(2, 6), np.zeros(4))

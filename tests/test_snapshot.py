@@ -276,6 +276,17 @@ class TestNests:
         assert load(path, like=filled("torch")).backend.name == "torch"
         assert load(path, like=filled("torch"), backend="numpy").backend.name == "numpy"
 
+    def test_like_a_nest_whose_fields_are_called_as_those_of_a_storage(self, path):
+        class Item(NamedTuple):
+            data_spec: Any
+            backend: Any
+
+        store = Storage(Item(ONE, TWO), 3)
+        store.save(path)
+        found = load(path, like=Item(ONE, TWO))
+        assert found.backend.name == "numpy"
+        assert isinstance(found.get(0), Item)
+
 
 class TestIncremental:
     @pytest.mark.parametrize("backend", BACKENDS)
@@ -379,6 +390,15 @@ class TestIncremental:
         for index in (3, slice(3), [1, 2]):
             store.get(index)
         store.get([1, 2], copy=None)
+        store.set(0, batch(3))
+        store.save(path)
+        assert layers(path) == [10, 1]
+
+    def test_a_copy_where_torch_has_no_view_hands_nothing_out(self, path):
+        pytest.importorskip("torch")
+        store = filled("torch")
+        store.save(path)
+        store.get(slice(None, None, -1), copy=None)
         store.set(0, batch(3))
         store.save(path)
         assert layers(path) == [10, 1]
@@ -611,7 +631,9 @@ class TestCapacity:
         store.save(path)
         store.set([1, 9], batch([51, 59]))
         store.save(path)
-        found = Snapshot(path).storage(backend=backend, like=SPEC, capacity=3, moved=lambda rows: rows - 7)
+        found = Storage(SPEC, 3, backend=backend, device="cpu")
+        with progress.Progress("loading", 0, None) as bar:
+            Snapshot(path).fill(found, "items", bar=bar, moved=lambda rows: rows - 7)
         assert_same(found.get(...), batch([7, 8, 59]))
 
 

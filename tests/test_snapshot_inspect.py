@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import anystore
 from anystore import ArraySpec, Storage
 from anystore.__main__ import main
 from tests.test_snapshot_damage import make
@@ -27,8 +28,6 @@ def path(tmp_path):
 
 
 def test_for_people(path, capsys):
-    import anystore
-
     assert main(["inspect", str(path)]) == 0
     text = TEXT.format(path=path, version=anystore.__version__)
     assert capsys.readouterr().out == text
@@ -68,6 +67,6 @@ def test_a_memory_mapped_storage(tmp_path, capsys):
     Storage(ArraySpec((3,), "bfloat16"), 5, directory=tmp_path / "store")
     assert main(["inspect", str(tmp_path / "store"), "--verify"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tmp_path / 'store'}: mapped, version 1"
+    assert lines[0] == f"{tmp_path / 'store'}: mapped, version 1, by anystore {anystore.__version__}"
     assert lines[1:3] == ["  items: 5 of 5 rows", "    the item  (3,)  bfloat16  30 bytes"]
     assert lines[-1].endswith("1 files with 30 bytes; sizes and headers are good")

@@ -408,6 +408,14 @@ def test_a_copy_has_the_items_and_memory_of_its_own(backend: str) -> None:
     assert [type(leaf) for leaf in tf.nest.flatten(other.get(0))] == [type(x) for x in tf.nest.flatten(storage.get(0))]
 
 
+def test_a_copy_takes_the_values_that_the_storage_takes() -> None:
+    storage = NumpyStorage({"pair": (ArraySpec((), "int32"), ArraySpec((), "int32"))}, CAPACITY)
+    storage.set(1, {"pair": [1, 2]})
+    other = copy.deepcopy(storage)
+    other.set(2, {"pair": [3, 4]})
+    assert other.get(2) == {"pair": (3, 4)}
+
+
 # tf.Module ----------------------------------------------------------------------------------------------------------
 
 

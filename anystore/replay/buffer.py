@@ -206,15 +206,14 @@ class ReplayBuffer:
 
     def _find(self, path: str | None, default: str, dtype: str | None) -> str | None:
         """The path of a leaf as the user gave it, or the default where there is such a leaf."""
+        leaves = self._nest.leaves
         if path is None:
             path = default
-            if path not in self._nest.paths or (
-                dtype and self._nest.specs[self._nest.paths.index(path)].dtype != dtype
-            ):
+            if path not in leaves or (dtype is not None and leaves[path].dtype != dtype):
                 return None
-        if path not in self._nest.paths:
-            raise ValueError(f"{path!r} is no leaf of the spec; there are {', '.join(map(label, self._nest.paths))}")
-        spec = self._nest.specs[self._nest.paths.index(path)]
+        if path not in leaves:
+            raise ValueError(f"{path!r} is no leaf of the spec; there are {', '.join(map(label, leaves))}")
+        spec = leaves[path]
         if dtype is not None and (spec.dtype != dtype or spec.shape != ()):
             raise ValueError(f"{label(path)}: expected a flag, ArraySpec((), {dtype!r}), found {spec}")
         return path

@@ -190,7 +190,7 @@ class Recorder:
                 raise ValueError(f"{part}: expected {_FLAG}, found {self._parts[part]}; {advice}")
         spaces = _spaces(env)
         of_spaces = Nest({part: spaces[part] for part in spaces if part in self._parts})
-        found = dict(zip(self._nest.paths, self._nest.specs))
+        found = self._nest.leaves
         for path, spec in zip(of_spaces.paths, of_spaces.specs):
             other = found.pop(path, None)
             if other is None or other.shape != spec.shape or not np.can_cast(spec.dtype, other.dtype, self._casting):

@@ -21,7 +21,6 @@ from anystore.snapshot.described import describe, rebuild
 from anystore.snapshot.manifest import MANIFEST
 from anystore.snapshot.npy import rows_at_a_time
 from anystore.snapshot.progress import Callback, Progress
-from anystore.snapshot.reader import fitting
 from anystore.storage import Storage
 
 if TYPE_CHECKING:
@@ -102,6 +101,7 @@ def _with_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:
 
 def load_buffer(
     snapshot: Snapshot,
+    *,
     backend: Any,
     device: Any,
     capacity: int | None,
@@ -122,10 +122,7 @@ def load_buffer(
         nest = Nest(rebuild(snapshot.state["data_spec"]))
     except _WRONG as error:
         raise SnapshotError(f"{where}: expected the state of a replay buffer, found another ({error!r})") from None
-    if like is not None:
-        nest = fitting(nest, Nest(getattr(like, "data_spec", like)), snapshot.path)
-    if backend is None:
-        backend = getattr(like, "backend", "numpy")
+    nest, backend = snapshot.like(nest, like, backend)
     sampler = state.new_sampler() if sampler is None else state.checked(sampler)
     capacity = state.capacity if capacity is None else capacity
     buffer = state.new_buffer(nest.data_spec, capacity, sampler, backend, device)

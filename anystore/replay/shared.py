@@ -120,8 +120,7 @@ class Shared(Plain):
             )
         frames = {each.path: each.frame for each in self._observations}
         self._not_stored = {each.after for each in self._observations} - {None}
-        specs = dict(zip(nest.paths, nest.specs))
-        stored = {path: frames.get(path, spec) for path, spec in specs.items() if path not in self._not_stored}
+        stored = {path: frames.get(path, spec) for path, spec in nest.leaves.items() if path not in self._not_stored}
         self._records = 2 * lanes.count
         self.storages = {
             "items": Storage(stored, ring.capacity, **options),
@@ -415,7 +414,7 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
     ValueError
         If a path is not in the spec, parts do not fit each other, or a leaf has no such axis.
     """
-    specs = dict(zip(nest.paths, nest.specs))
+    specs = nest.leaves
     after: dict[str, str] = {}
     for following, part in shared.items():
         _, positions = nest.select((part,))

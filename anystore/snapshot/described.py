@@ -12,7 +12,7 @@ import functools
 import keyword
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from anystore.nests import children
 from anystore.specs import ArraySpec, as_dtype, is_extension
 
-__all__ = ["describe", "describe_dtype", "described_leaves", "read_dtype", "rebuild"]
+__all__ = ["describe", "describe_dtype", "read_dtype", "rebuild"]
 
 _DEEPEST = 64
 _LARGEST = 2**48
@@ -149,15 +149,6 @@ def rebuild(described: Any, depth: int = 0) -> Any:
     if not (isinstance(keys, list) and isinstance(nodes, list) and len(keys) == len(nodes)):
         raise ValueError("expected as many keys as children")
     return _container(described, [_key(key) for key in keys], [rebuild(node, depth + 1) for node in nodes])
-
-
-def described_leaves(described: Any, *above: str) -> Iterator[tuple[str, ArraySpec]]:
-    """The path and spec of each leaf of a description that `rebuild` takes."""
-    if described["kind"] == "leaf":
-        yield "/".join(above), _leaf(described)
-        return
-    for key, child in zip(described["keys"], described["children"]):
-        yield from described_leaves(child, *above, str(_key(key)))
 
 
 def _leaf(described: Mapping[str, Any]) -> ArraySpec:

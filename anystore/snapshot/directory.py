@@ -24,13 +24,13 @@ _OWN = re.compile(r"([0-9]{6,15})\..*\.npy|manifest-([0-9]{6,15})\.json|manifest
 
 
 @contextlib.contextmanager
-def prepared(path: Path, *kinds: str, wait: bool = False) -> Iterator[Manifest | None]:
+def prepared(path: Path, kind: str, wait: bool = False) -> Iterator[Manifest | None]:
     """The directory made, locked against other writers and rid of leftovers; and its manifest, if it has one.
 
     Raises
     ------
     SnapshotError
-        If another is writing there, or it holds something else than a snapshot of one of these kinds.
+        If another is writing there, or it holds something else than a snapshot of this kind.
     """
     if not path.is_dir():
         with contextlib.suppress(FileExistsError):
@@ -39,8 +39,8 @@ def prepared(path: Path, *kinds: str, wait: bool = False) -> Iterator[Manifest |
     _refuse_strangers(path)
     with files.locked(path, wait):
         old = read_manifest(path / MANIFEST) if os.path.lexists(path / MANIFEST) else None
-        if old is not None and old.kind not in kinds:
-            raise SnapshotError(f"{path}: expected a snapshot of kind {' or '.join(kinds)}, found one of {old.kind}")
+        if old is not None and old.kind != kind:
+            raise SnapshotError(f"{path}: expected a snapshot of kind {kind}, found one of {old.kind}")
         sweep(path)
         yield old
 

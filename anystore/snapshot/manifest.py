@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import numpy as np
 
 from anystore.nests import Nest
 from anystore.snapshot import files
-from anystore.snapshot.described import describe_dtype, described_leaves, read_dtype, rebuild
+from anystore.snapshot.described import describe_dtype, read_dtype, rebuild
 from anystore.snapshot.files import SnapshotError
 from anystore.specs import ArraySpec
 from anystore.values import CASTINGS, Casting
@@ -113,17 +114,15 @@ class StorageEntry:
     rows: int = 0
     layers: tuple[Layer, ...] = ()
 
-    def __post_init__(self) -> None:
-        nest = Nest(rebuild(self.spec))
-        leaves = dict(described_leaves(self.spec))
-        if sorted(nest.paths) != sorted(leaves):
-            raise ValueError(f"expected a path of its own for each leaf, found {sorted(nest.paths)!r:.200}")
-        object.__setattr__(self, "nest", nest)
-        object.__setattr__(self, "leaves", leaves)
+    @functools.cached_property
+    def nest(self) -> Nest:
+        """What the spec says in words."""
+        return Nest(rebuild(self.spec))
 
-    nest: Nest = dataclasses.field(init=False, repr=False, compare=False)
-    leaves: dict[str, ArraySpec] = dataclasses.field(init=False, repr=False, compare=False)
-    """The leaves by their paths."""
+    @functools.cached_property
+    def leaves(self) -> dict[str, ArraySpec]:
+        """The leaves by their paths."""
+        return self.nest.leaves
 
     @property
     def row_nbytes(self) -> int:
@@ -176,6 +175,12 @@ class ArrayEntry:
         return {"file": self.file.json(), "shape": list(self.shape), "dtype": describe_dtype(self.dtype)}
 
 
+def _version_of_anystore() -> str:
+    import anystore
+
+    return f"anystore {anystore.__version__}"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All that a version of a snapshot is.
@@ -190,6 +195,10 @@ class Manifest:
         "storage", "replay" or "mapped".
     state : dict
         What the one who saved wanted kept, in JSON.
+    written_by : str
+        The version of anystore that did.
+    format_version : int
+        That of the words of the manifest.
     """
 
     id: str
@@ -198,7 +207,8 @@ class Manifest:
     storages: dict[str, StorageEntry]
     arrays: dict[str, ArrayEntry]
     state: dict[str, Any]
-    written_by: str = ""
+    written_by: str = dataclasses.field(default_factory=_version_of_anystore)
+    format_version: int = VERSION
 
     def names(self) -> set[str]:
         """The files that belong to this version, itself not counted."""
@@ -296,7 +306,7 @@ def _read(content: dict[str, Any]) -> Manifest:
         raise ValueError(
             f"it is of format version {version!r:.80}, and this anystore reads up to {VERSION}; a newer one is needed"
         )
-    return Manifest.read(content)
+    return dataclasses.replace(Manifest.read(content), format_version=version)
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -57,12 +57,12 @@ def load(
     path : path
         The directory of a snapshot, or of a memory-mapped storage.
     backend, device : optional
-        Where the buffers are to live; see `select_backend`. By default those of `like`, if that is a storage, or else
+        Where the buffers are to live; see `select_backend`. By default those of `like`, if that has some, or else
         NumPy's.
     capacity : int, optional
         The number of rows; by default what it was. A replay buffer keeps its newest items. The rows of a storage have
         no order in time: as in `Storage.resize`, those below the new capacity are kept.
-    like : Storage or nest of specs, optional
+    like : Storage, ReplayBuffer or nest of specs, optional
         What items are expected to look like: leaves of the same paths, shapes and dtypes. The items come back in its
         containers. Without it, those of a class of the user's own (namedtuple, dataclass, attrs class) come back as
         namedtuples of the same name and fields, since nothing that a file names is imported.
@@ -97,9 +97,10 @@ def load(
         try:
             if sampler is not None and snapshot.kind != "replay":
                 raise ValueError(f"{path}: sampler= is for a replay buffer, and this is none")
+            options: Any = {"backend": backend, "device": device, "capacity": capacity, "like": like}
             if snapshot.kind == "replay":
-                return _replay_buffer(snapshot, backend, device, capacity, like, sampler, progress)
-            return snapshot.storage(backend=backend, device=device, capacity=capacity, like=like, progress=progress)
+                return _replay_buffer(snapshot, sampler=sampler, progress=progress, **options)
+            return snapshot.storage(progress=progress, **options)
         except FileNotFoundError as error:
             missing = error
             if Snapshot(path, version).id == snapshot.id or attempt == _TRIES - 1:
@@ -107,10 +108,10 @@ def load(
     raise SnapshotError(f"{missing.filename}: there is no such file, though the manifest names it")
 
 
-def _replay_buffer(snapshot: Snapshot, *options: Any) -> Any:
+def _replay_buffer(snapshot: Snapshot, **options: Any) -> Any:
     from anystore.replay.saved import load_buffer
 
-    return load_buffer(snapshot, *options)
+    return load_buffer(snapshot, **options)
 
 
 class Snapshot:
@@ -230,7 +231,6 @@ class Snapshot:
         device: Any = None,
         capacity: int | None = None,
         like: Any = None,
-        moved: Moved | None = None,
         progress: Callback | None = None,
     ) -> Storage:
         """One of its storages.
@@ -239,8 +239,6 @@ class Snapshot:
         ----------
         name : str, default "items"
             Which one; a storage that was saved by itself is "items".
-        moved : callable, optional
-            As in `fill`.
         backend, device, capacity, like, progress
             As in `load`.
 
@@ -252,15 +250,31 @@ class Snapshot:
         from anystore.storage import Storage
 
         entry = self.entry(name)
-        nest = entry.nest if like is None else fitting(entry.nest, Nest(getattr(like, "data_spec", like)), self.path)
+        nest, backend = self.like(entry.nest, like, backend)
         self.check()
-        if backend is None:
-            backend = like.backend if isinstance(like, Storage) else "numpy"
         capacity = entry.capacity if capacity is None else capacity
         storage = Storage(nest.data_spec, capacity, backend=backend, device=device, casting=entry.casting)
         with Progress("loading", self.rows_nbytes(name), progress) as bar:
-            self.fill(storage, name, moved=moved, bar=bar)
+            self.fill(storage, name, bar=bar)
         return storage
+
+    def like(self, there: Nest, expected: Any, backend: Any) -> tuple[Nest, Any]:
+        """The nest that items come back in, and the backend, for the `like` and `backend` of `load`.
+
+        Raises
+        ------
+        SnapshotError
+            If the nest that is there has not the leaves that are expected.
+        """
+        from anystore.replay import ReplayBuffer
+        from anystore.storage import Storage
+
+        is_store = isinstance(expected, (Storage, ReplayBuffer))
+        if backend is None:
+            backend = expected.backend if is_store else "numpy"
+        if expected is None:
+            return there, backend
+        return fitting(there, Nest(expected.data_spec if is_store else expected), self.path), backend
 
     def entry(self, name: str) -> StorageEntry:
         """What the manifest says of one of its storages.
@@ -393,7 +407,7 @@ def fitting(there: Nest, expected: Nest, path: Path) -> Nest:
     SnapshotError
         If it has not; the message names every difference by its path.
     """
-    found, wanted = dict(zip(there.paths, there.specs)), dict(zip(expected.paths, expected.specs))
+    found, wanted = there.leaves, expected.leaves
     differences = [f"{label(each)}: expected, but not in the snapshot" for each in wanted if each not in found]
     differences += [f"{label(each)}: in the snapshot, but not expected" for each in found if each not in wanted]
     differences += [

@@ -9,7 +9,7 @@ from typing import Any
 
 from anystore.nests import label
 from anystore.snapshot.described import describe_dtype
-from anystore.snapshot.manifest import VERSION, StorageEntry, kept_versions
+from anystore.snapshot.manifest import StorageEntry, kept_versions
 from anystore.snapshot.reader import Snapshot
 
 __all__ = ["as_text", "report"]
@@ -38,7 +38,7 @@ def report(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]
     return {
         "path": str(Path(path)),
         "kind": manifest.kind,
-        "format_version": VERSION,
+        "format_version": manifest.format_version,
         "written_by": manifest.written_by,
         "version": manifest.version,
         "older_versions": kept_versions(Path(path)),

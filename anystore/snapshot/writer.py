@@ -81,8 +81,8 @@ def save_snapshot(
     path = Path(path)
     keep = as_count("keep", keep, 0)
     entries = {name: storage_entry(storage) for name, storage in storages.items()}
-    with prepared(path, "replay" if kind == "replay" else "storage") as old:
-        draft = _Draft(path, next_version(path), Manifest(uuid.uuid4().hex, 1, kind, {}, {}, dict(state or {})))
+    with prepared(path, kind) as old:
+        draft = _Draft(path, Manifest(uuid.uuid4().hex, next_version(path), kind, {}, {}, dict(state or {})))
         plans = {name: _plan(name, storages[name], entry, old) for name, entry in entries.items()}
         with undone_on_error(path):
             manifest = draft.write(storages, plans, arrays or {}, progress)
@@ -173,10 +173,9 @@ def _host(storage: Storage, buffer: Any, rows: Any) -> NDArray[Any]:
 class _Draft:
     """The files of a version that no manifest names yet."""
 
-    def __init__(self, path: Path, version: int, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
-        self._version = version
-        self._manifest = replace(manifest, version=version)
+        self._manifest = manifest
         self._taken: set[str] = set()
 
     def write(
@@ -194,7 +193,7 @@ class _Draft:
                 name: self._add_layer(name, storages[name], entry, rows) for name, (entry, rows) in plans.items()
             }
             added = {name: self._add_array(name, array) for name, array in arrays.items()}
-        return replace(self._manifest, storages=entries, arrays=added, written_by=_version_of_anystore())
+        return replace(self._manifest, storages=entries, arrays=added)
 
     def _add_layer(self, name: str, storage: Storage, entry: StorageEntry, rows: _Rows) -> StorageEntry:
         if rows.count == 0 and entry.layers:
@@ -222,11 +221,5 @@ class _Draft:
         return ArrayEntry(file, array.shape, array.dtype)
 
     def _write(self, parts: Sequence[str], shape: Any, dtype: Any, pieces: Any, advance: Any) -> File:
-        name = file_name(self._version, parts, self._taken)
+        name = file_name(self._manifest.version, parts, self._taken)
         return File(name, write_npy(self._path / name, shape, dtype, pieces, advance, self._threads))
-
-
-def _version_of_anystore() -> str:
-    import anystore
-
-    return f"anystore {anystore.__version__}"
