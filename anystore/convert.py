@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from anystore.specs import as_dtype, is_extension
 
-__all__ = ["is_array", "library_of", "on_gpu", "to_numpy"]
-
 _CUDA = (2, 13)
 """DLPack's device types of CUDA: plain and managed memory."""
 

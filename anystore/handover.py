@@ -17,8 +17,6 @@ from anystore.convert import is_array, library_of, on_gpu, to_numpy
 from anystore.nests import map_leaves
 from anystore.specs import as_dtype, is_extension
 
-__all__ = ["to_library"]
-
 _ALIGNMENT = 64
 """What XLA, which is in JAX and TensorFlow, expects of an address."""
 

@@ -13,8 +13,6 @@ import cupy
 
 from anystore.leaf_table import THREADS, LeafTable, RowsOfLaunch, blocks_for, launches, slot_bits
 
-__all__ = ["OPTIONS", "Stream", "check", "gather", "note_last_writes", "on_device", "scatter", "slots_nbytes", "source"]
-
 OPTIONS = ("--std=c++17",)
 
 

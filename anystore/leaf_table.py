@@ -13,27 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "ALIGNMENT",
-    "HEADER",
-    "LANES",
-    "LAUNCH_BYTES",
-    "LEAF",
-    "THREADS",
-    "LeafTable",
-    "Packed",
-    "Record",
-    "RowsOfLaunch",
-    "blocks_for",
-    "blocks_of",
-    "first_of_run",
-    "launches",
-    "pack",
-    "sent_ahead",
-    "slot_bits",
-    "widest_lane",
-]
-
 THREADS = 256
 """In a block."""
 LANES = 4

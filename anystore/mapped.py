@@ -21,8 +21,6 @@ from anystore.snapshot.manifest import MANIFEST, File, Layer, Manifest, StorageE
 from anystore.snapshot.npy import NpyFile, header, stored_dtype
 from anystore.snapshot.reader import fitting
 
-__all__ = ["MODES", "Mapped", "mapped_entry"]
-
 MODES = ("r+", "r")
 _ITEMS = "items"
 

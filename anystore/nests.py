@@ -13,8 +13,6 @@ from typing import Any
 
 from anystore.specs import ArraySpec, understand
 
-__all__ = ["Nest", "children"]
-
 _NAMESPACE = "anystore"
 _registered: set[type] = set()
 _registering = threading.Lock()

@@ -11,8 +11,6 @@ import numpy as np
 from anystore.nests import Nest, label
 from anystore.specs import ArraySpec
 
-__all__ = ["Plan", "as_count", "plan"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.convert import is_array, to_numpy
-from anystore.moves import all_inside, basic_index, leading_shape
+from anystore.moves import all_inside
 
 if TYPE_CHECKING:
     from anystore.backends.base import Backend
 
-__all__ = ["KnownRows", "Rows", "basic_index", "find_rows", "last_writes", "leading_shape", "out_of_range"]
 
 IndexArray = NDArray[np.intp]
 Rows = Union[int, range, IndexArray]

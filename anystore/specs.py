@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["ArraySpec", "as_dtype", "is_extension", "kind_of", "limits"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArraySpec:

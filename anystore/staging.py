@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from anystore.leaf_table import Packed, pack
 
-__all__ = ["Pinned", "Sent", "Staging", "copy_async"]
-
 _LEAST = 1 << 16
 """The bytes of a block at first."""
 _KEPT = 64

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.convert import to_numpy
+from anystore.moves import leading_shape
 from anystore.nests import Nest, example_spec, label
 from anystore.plan import Plan, as_count
-from anystore.rows import Rows, find_rows, leading_shape
+from anystore.rows import Rows, find_rows
 from anystore.values import CASTINGS, Casting, admit
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from anystore.mapped import Mapped
     from anystore.snapshot.changes import Changes
-
-__all__ = ["Storage"]
 
 
 class Storage:

@@ -25,8 +25,6 @@ from anystore.rows import Rows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
 
-__all__ = ["NumpyState", "NumpyStorage"]
-
 _CHUNK = 2**24
 """The bytes of a buffer that are on the way to or from a checkpoint at a time."""
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from anystore.backends import Backend
 
-__all__ = ["CASTINGS", "Casting", "admit"]
 
 Casting = Literal["no", "equiv", "safe", "same_kind", "unsafe"]
 CASTINGS: tuple[Casting, ...] = ("no", "equiv", "safe", "same_kind", "unsafe")

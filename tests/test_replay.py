@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -476,10 +478,26 @@ class ReplayContract:
         windows = [window for sample in one_pass(buffer, num_steps=2) for window in stamps_of(sample.items)]
         assert sorted(windows) == [[stamp, stamp + 2] for stamp in range(14, 22)]
 
+    @pytest.mark.parametrize(
+        "how", [{}, {"shared": {"next_obs": "obs"}, "stacks": {"obs": 0}}], ids=["plain", "shared"]
+    )
+    def test_its_memory_is_given_back_at_once(self, how: dict[str, Any]) -> None:
+        spec = {key: ArraySpec((4, 2), "uint8") for key in ("obs", "next_obs")}
+        buffer = ReplayBuffer(spec, 10, **how, **self.options)
+        buffer.extend({key: np.zeros((5, 4, 2), np.uint8) for key in spec})
+        buffer.sample(3)
+        storage = weakref.ref(buffer.storage)
+        gc.disable()
+        try:
+            del buffer
+            assert storage() is None
+        finally:
+            gc.enable()
+
     def test_numbers_that_come_round(self) -> None:
         """With a period as short as it can be: rows of twice as many items."""
         buffer = self.make(4, sampler=Prioritized())
-        buffer._period = 8
+        buffer._ring.period = 8
         for stamp in range(27):
             buffer.add(batch(stamp))
             rows = np.arange(max(0, stamp - 3), stamp + 1) % 8

@@ -92,7 +92,7 @@ class ReplayModel(RuleBasedStateMachine):
         )
         self.buffer._ring.total = self.buffer._ring._cleared = total
         if periods is not None:
-            self.buffer._period = periods * capacity
+            self.buffer._ring.period = periods * capacity
         self.model = ListOfItems(capacity, layout, total)
         self.walks = [Walk(1000 * lane) for lane in range(lanes)]
         self.layout, self.lanes, self.sampler = layout, lanes, sampler
@@ -197,7 +197,7 @@ class ReplayModel(RuleBasedStateMachine):
 
     def entries_of(self, rows: Any) -> list[Entry]:
         """The items with these running numbers."""
-        period = self.buffer._period
+        period = self.buffer._ring.period
         by_row = {entry.number % period: entry for entry in self.model.there}
         return [by_row[row] for row in to_numpy(rows).tolist()]
 
@@ -303,7 +303,7 @@ class ReplayModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def update_priorities(self, data: st.DataObject) -> None:
         when, rows, entries = data.draw(st.sampled_from(self.drawn))
-        if self.model.total - when > self.buffer._period - self.buffer.capacity:
+        if self.model.total - when > self.buffer._ring.period - self.buffer.capacity:
             return  # numbers have come round
         choices = st.sampled_from([0.0, 0.25, 1.0, 2.0, 9.0, 1000.0])
         priorities = data.draw(st.lists(choices, min_size=len(entries), max_size=len(entries)))

@@ -12,7 +12,7 @@ import pytest
 from anystore import ArraySpec, Storage, load
 from anystore.convert import to_numpy
 from anystore.replay import Prioritized, ReplayBuffer
-from anystore.replay.ring import in_order
+from anystore.replay.ring import Ring
 from anystore.replay.stats import Counts, Meter, Spread, Stats, live_stats
 from tests import on_backends as on
 
@@ -204,7 +204,9 @@ class TestInOrder:
         column = np.arange(5, dtype=np.int32) * 10
         leaf = Storage(ArraySpec((), "int32"), 5, backend=backend)
         leaf.set(slice(None), column)
-        found = in_order(leaf, items)
+        ring = Ring(5, leaf.backend)
+        ring.restore({"oldest": items.start, "total": items.stop, "overwrote": False})
+        found = ring.in_order(leaf)
         assert found.tolist() == [10 * (item % 5) for item in items]
         found[...] = 7
         assert to_numpy(leaf.get(range(5))).tolist() == column.tolist()

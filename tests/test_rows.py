@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anystore.rows import basic_index, find_rows, last_writes, leading_shape
+from anystore.moves import basic_index, leading_shape
+from anystore.rows import find_rows, last_writes
 
 
 class TestFindRows:

@@ -19,8 +19,6 @@ from anystore.backends.random import HostRandom, Random
 from anystore.convert import library_of, to_numpy
 from anystore.rows import Rows
 
-__all__ = ["Array", "Backend", "host_memory", "parse_device"]
-
 Array = Any
 """An array of the library at hand."""
 Buffer = Any

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, resolve_device
 from anystore.convert import to_numpy
-from anystore.rows import Rows, basic_index
-
-__all__ = ["GenericBackend"]
+from anystore.moves import basic_index
+from anystore.rows import Rows
 
 
 class GenericBackend(Backend):

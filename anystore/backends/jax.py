@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.random import Random, refused, seed_sequence
 from anystore.convert import library_of, to_numpy
-from anystore.rows import Rows, last_writes, leading_shape
-
-__all__ = ["JaxBackend"]
-
+from anystore.moves import leading_shape
+from anystore.rows import Rows, last_writes
 
 _TRACED = "a storage cannot be written to within jax.jit or another transformation of JAX"
 

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from anystore import moves
 from anystore.backends.base import Array, Backend, resolve_device
 from anystore.backends.random import NumpyRandom, Random
-from anystore.rows import Rows, basic_index
-
-__all__ = ["NumpyBackend", "zeros"]
+from anystore.moves import basic_index
+from anystore.rows import Rows
 
 _HUGE = 1 << 22
 """From this many bytes on, buffers are in huge pages."""

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from anystore.backends.base import Array, Backend
 
-__all__ = ["HostRandom", "NumpyRandom", "Random", "refused", "seed_sequence"]
-
 
 _SCALED = 2**32
 """Up to so many, integers are scaled floats: their probabilities then differ by less than one part in two million."""

@@ -18,10 +18,9 @@ from anystore import moves
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.numpy import zeros
 from anystore.backends.random import Random, refused, seed_sequence
-from anystore.rows import Rows, basic_index, last_writes
+from anystore.moves import basic_index
+from anystore.rows import Rows, last_writes
 from anystore.specs import is_extension
-
-__all__ = ["TorchBackend"]
 
 _READ_BY_NUMPY = {
     torch.bool,

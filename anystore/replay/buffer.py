@@ -33,8 +33,6 @@ from anystore.specs import as_dtype
 from anystore.storage import Storage
 from anystore.values import Casting
 
-__all__ = ["ReplayBuffer", "Sample"]
-
 AtEnd = Literal["cross", "pad", "whole"]
 
 _LOOKED_AT = 1 << 16
@@ -162,7 +160,7 @@ class ReplayBuffer:
         self._renew_lock()
         self._nest = Nest(data_spec)
         self._backend = select_backend(backend, device)
-        self._ring = Ring(capacity)
+        self._ring = Ring(capacity, self._backend)
         self._lanes = Lanes(lanes, self._ring, self._backend)
         self._reward = self._find(reward, "reward", None)
         self._terminated = self._find(terminated, "terminated", "bool")
@@ -185,15 +183,12 @@ class ReplayBuffer:
             self._layout = Shared(self._nest, self._ring, self._lanes, shared or {}, stacks or {}, *flags, options)
         else:
             self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, *flags)
-        self._windows = Windows(self._layout, self._lanes, self._backend)
+        self._windows = Windows(self._layout, self._ring, self._lanes, self._backend)
         self._random = self._backend.random(seed)
         self._sampler = Uniform() if sampler is None else sampler
         if not isinstance(self._sampler, Sampler):
             raise TypeError(f"expected a sampler, such as Prioritized(), found {sampler!r:.80}")
         self._sampler.open(capacity, self._backend, self._random)
-        # So that running numbers fit into what the library counts in; a multiple of the capacity.
-        most = 2 ** (8 * self._backend.index_dtype.itemsize - 1)
-        self._period = capacity * (most // capacity - 1) or capacity
         self._sampled = 0
         self._draws = Draws(self._sampler, self._random, self._backend)
         self._meter = Meter()
@@ -476,11 +471,12 @@ class ReplayBuffer:
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
         with self.lock, self._backend.stream():
-            items = self._ring.items
-            candidates, usable = self._choice(items, how)
+            candidates, usable = self._choice(how)
             drawn = self._draws.draw(batch_size, candidates, usable)
             self._sampled += batch_size
-            return self._sample_of(drawn, candidates, items, how, self._sampler.weights(drawn, candidates))
+            oldest = candidates.start - self._ring.items.start
+            places = drawn + oldest if oldest else drawn
+            return self._sample_of(places, how, self._sampler.weights(drawn, candidates))
 
     def one_pass(
         self,
@@ -504,7 +500,7 @@ class ReplayBuffer:
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
         with self.lock, self._backend.stream():
-            candidates, _ = self._choice(self._ring.items, how)
+            candidates, _ = self._choice(how)
             numbers = to_numpy(self._random.permutation(len(candidates))).astype(np.int64) + candidates.start
         return self._pass_through(numbers, batch_size, how)
 
@@ -512,40 +508,40 @@ class ReplayBuffer:
         position = 0
         while position < len(numbers):
             with self.lock, self._backend.stream():
-                items = self._ring.items
-                oldest, tests = self._requirements(items, how)
+                oldest, tests = self._requirements(how)
                 chosen: list[Any] = []
                 while position < len(numbers) and len(chosen) < batch_size:
                     some = numbers[position : position + batch_size - len(chosen)]
                     position += len(some)
-                    some = some[some >= items.start + oldest]
+                    some = some[some >= self._ring.items.start + oldest]
                     for test in tests if len(some) else ():
-                        some = some[to_numpy(test(self._places(some, items)))]
+                        some = some[to_numpy(test(self._places(some)))]
                     chosen.extend(some)
                 if not chosen:
                     return
                 self._sampled += len(chosen)
-                sample = self._sample_of(self._places(np.asarray(chosen), items), items, items, how)
+                sample = self._sample_of(self._places(np.asarray(chosen)), how)
             yield sample
 
-    def _places(self, numbers: NDArray[np.int64], items: range) -> Array:
-        return self._backend.as_index(numbers - items.start)
+    def _places(self, numbers: NDArray[np.int64]) -> Array:
+        return self._backend.as_index(numbers - self._ring.items.start)
 
-    def _requirements(self, items: range, how: _How) -> tuple[int, list[Usable]]:
+    def _requirements(self, how: _How) -> tuple[int, list[Usable]]:
         """How many of the oldest items cannot be read, and what tells of others whether they are of use."""
         oldest = self._layout.margin * self._lanes.count if self._ring.overwrote else 0
         tests = []
-        if (beginning := self._windows.beginning(how.num_steps or 1, how.at_end, items)) is not None:
+        if (beginning := self._windows.beginning(how.num_steps or 1, how.at_end)) is not None:
             tests.append(beginning)
-        if isinstance(self._layout, Shared) and oldest and not self._lanes.in_step:
-            tests.append(functools.partial(self._layout.readable, items=items))
+        if oldest and not self._lanes.in_step:
+            tests.append(self._layout.readable)
         return oldest, tests
 
-    def _choice(self, items: range, how: _How) -> tuple[range, Usable | None]:
+    def _choice(self, how: _How) -> tuple[range, Usable | None]:
         """The items to draw from, and what tells which of their places are of use; None if all are."""
+        items = self._ring.items
         if not items:
             raise ValueError("the buffer is empty; add items before sampling")
-        oldest, tests = self._requirements(items, how)
+        oldest, tests = self._requirements(how)
         steps = (how.num_steps or 1) - 1
         newest = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
         candidates = range(items.start + oldest, max(items.start + oldest, items.stop - newest))
@@ -563,36 +559,29 @@ class ReplayBuffer:
 
         return candidates, usable
 
-    def _sample_of(
-        self, drawn: Array, candidates: range, items: range, how: _How, weights: Array | None = None
-    ) -> Sample:
-        """The items that were drawn, by their places among the candidates."""
-        shift = candidates.start - items.start
-        places = drawn + shift if shift else drawn
-        rows = places + items.start % self._period if items.start else places
-        if items.start % self._period + len(items) > self._period:
-            rows = rows % self._period
+    def _sample_of(self, places: Array, how: _How, weights: Array | None = None) -> Sample:
+        """The items at these places, or what begins with them."""
+        rows = self._ring.numbers(places)
         if how.n_step is not None:
-            merged, discounts = self._merged(places, items, how.n_step, how.discount)
+            merged, discounts = self._merged(places, how.n_step, how.discount)
             return Sample(merged, rows, weights, discounts=discounts)
         if how.num_steps is None:
-            return Sample(self._layout.read(places, items), rows, weights)
-        steps, mask = self._windows.steps(places, items, how.num_steps, how.at_end)
-        return Sample(self._layout.read(steps, items), rows, weights, mask if how.at_end == "pad" else None)
+            return Sample(self._layout.read(places), rows, weights)
+        steps, mask = self._windows.steps(places, how.num_steps, how.at_end)
+        return Sample(self._layout.read(steps), rows, weights, mask if how.at_end == "pad" else None)
 
-    def _merged(self, places: Array, items: range, n_step: int, discount: float) -> tuple[Any, Array]:
+    def _merged(self, places: Array, n_step: int, discount: float) -> tuple[Any, Array]:
         """Items that stand for `n_step` steps each, and what the value after them counts."""
         if self._reward is None:
             raise ValueError('n-step returns need a reward; name its leaf: ReplayBuffer(..., reward="path")')
         if self._terminated is None:
             raise ValueError('n-step returns need a bool leaf "terminated"; name it: ReplayBuffer(..., terminated=...)')
-        steps, mask = self._windows.steps(places, items, n_step, "pad")
-        last = steps[:, -1]
+        steps, mask = self._windows.steps(places, n_step, "pad")
         flags = tuple(path for path in (self._terminated, self._truncated) if path is not None)
-        parts = self._layout.read(last, items, (*self._following, *flags))
-        rewards = self._layout.read(steps, items, (self._reward,))[self._reward]
+        parts = self._layout.read(steps[:, -1], (*self._following, *flags))
+        rewards = self._layout.read(steps, (self._reward,))[self._reward]
         parts[self._reward], discounts = self._windows.returns(rewards, mask, parts[self._terminated], discount)
-        leaves = self._nest.flatten(self._layout.read(places, items))
+        leaves = self._nest.flatten(self._layout.read(places))
         merged = [parts.get(path, leaf) for path, leaf in zip(self._nest.paths, leaves)]
         return self._nest.pack(merged), discounts
 
@@ -651,17 +640,14 @@ class ReplayBuffer:
         with self.lock, self._backend.stream():
             numbers = self._as_numbers(rows)
             values = as_priorities(priorities, int(numbers.shape[0]), backend)
-            items, count = self._ring.items, int(numbers.shape[0])
-            places = numbers - items.start % self._period
-            if items.stop > self._period:
-                places = places % self._period
-            if not backend.inside(places, len(items)):
-                there = (places >= 0) & (places < len(items))
+            places, count, size = self._ring.places(numbers), int(numbers.shape[0]), self.size
+            if not backend.inside(places, size):
+                there = (places >= 0) & (places < size)
                 count = int(xp.sum(xp.astype(there, places.dtype), dtype=places.dtype))
                 chosen = backend.chosen(there)[:count]
                 places, values = xp.take(places, chosen, axis=0), xp.take(values, chosen, axis=0)
             if count:
-                self._sampler.update((places + items.start % self._ring.capacity) % self._ring.capacity, values)
+                self._sampler.update(self._ring.rows(places), values)
             return count
 
     def _as_numbers(self, rows: Any) -> Array:
@@ -687,9 +673,9 @@ class ReplayBuffer:
                 nbytes=self.nbytes,
                 overwrote=self._ring.overwrote,
                 lanes=self._lanes.count,
-                behind=self._lanes.every_behind(items),
-                ends=self._layout.every_end(items) if self._layout.knows_ends else None,
-                rewards=None if self._reward is None else self._layout.every(self._reward, items),
+                behind=self._lanes.every_behind(),
+                ends=self._layout.every_end() if self._layout.knows_ends else None,
+                rewards=None if self._reward is None else self._layout.every(self._reward),
                 priorities=to_numpy(self._sampler.priorities(some)) if isinstance(self._sampler, Prioritized) else None,
             )
 

@@ -16,8 +16,6 @@ from anystore.convert import is_array, library_of, to_numpy
 from anystore.replay.samplers import Sampler
 from anystore.specs import as_dtype
 
-__all__ = ["Draws", "Usable"]
-
 Usable = Callable[[Array], Array]
 """Tells of places, the positions of items among those that may be drawn, which are of use."""
 

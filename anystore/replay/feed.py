@@ -26,8 +26,6 @@ from anystore.handover import to_library
 from anystore.nests import children
 from anystore.plan import as_count
 
-__all__ = ["Batches", "tf_dataset", "torch_dataset"]
-
 _LAST_WAIT = 10.0
 """The seconds that the end of the program waits for a sample that is being drawn."""
 

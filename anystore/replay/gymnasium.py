@@ -20,8 +20,6 @@ from anystore.replay.buffer import ReplayBuffer
 from anystore.specs import ArraySpec, as_dtype, kind_of, understand
 from anystore.values import Casting
 
-__all__ = ["Recorder", "transition_spec"]
-
 Autoreset = Literal["next_step", "same_step", "disabled"]
 
 _AUTORESETS: tuple[Autoreset, ...] = ("next_step", "same_step", "disabled")

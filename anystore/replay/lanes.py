@@ -14,12 +14,9 @@ from numpy.typing import NDArray
 
 from anystore.backends import Backend
 from anystore.backends.base import Array
-from anystore.replay.ring import Ring, in_order
-from anystore.rows import KnownRows
+from anystore.replay.ring import Ring
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
-
-__all__ = ["DISTANCES", "Lanes"]
 
 DISTANCES = {"ahead": ArraySpec((), "int32"), "behind": ArraySpec((), "int32")}
 """From an item to the next and to the previous one of its lane; 0 where there is none yet, or was none."""
@@ -113,39 +110,35 @@ class Lanes:
         for start in range(0, count, len(lanes)):
             self._note(np.arange(len(lanes)) + self._ring.total + start, lanes)
 
-    def ahead(self, places: Array, items: range) -> tuple[Array, Array]:
-        """The places of the next items of the same lanes, and whether there are such; else the places as they are.
+    def ahead(self, places: Array) -> tuple[Array, Array]:
+        """The places of the next items of the same lanes, and whether there are such; else the places as they are."""
+        return self._neighbours("ahead", places)
 
-        A place is the position of an item in `items`, the numbers of those that are there.
-        """
-        return self._neighbours("ahead", places, items)
-
-    def behind(self, places: Array, items: range) -> tuple[Array, Array]:
+    def behind(self, places: Array) -> tuple[Array, Array]:
         """The same for the previous items."""
-        return self._neighbours("behind", places, items)
+        return self._neighbours("behind", places)
 
-    def every_behind(self, items: range) -> NDArray[Any]:
+    def every_behind(self) -> NDArray[Any]:
         """How far behind each item the previous one of its lane is, in main memory; 0 where there is none."""
         if self._distances is None:
-            return np.broadcast_to(np.int32(self.count), (len(items),))
-        return in_order(self._distances.select("behind"), items)
+            return np.broadcast_to(np.int32(self.count), (len(self._ring.items),))
+        return self._ring.in_order(self._distances.select("behind"))
 
     def clear(self) -> None:
         """All items are gone, and none of them is the previous one of what comes."""
         self._newest[:] = -1
         self._distances = None
 
-    def _neighbours(self, name: str, places: Array, items: range) -> tuple[Array, Array]:
-        sign = 1 if name == "ahead" else -1
+    def _neighbours(self, name: str, places: Array) -> tuple[Array, Array]:
+        sign, count = 1 if name == "ahead" else -1, len(self._ring.items)
         if self._distances is None:
             found = places + sign * self.count
-            there = (found >= 0) & (found < len(items))
+            there = (found >= 0) & (found < count)
         else:
-            rows = (places + items.start % self._ring.capacity) % self._ring.capacity
-            index = KnownRows(self._backend.as_rows(rows), self._ring.capacity)
-            distance = self._backend.xp.astype(self._distances.get(index)[name], places.dtype)
+            distance = self._distances.get(self._ring.index(places))[name]
+            distance = self._backend.xp.astype(distance, places.dtype)
             found = places + sign * distance
-            there = (distance > 0) & (found >= 0) & (found < len(items))
+            there = (distance > 0) & (found >= 0) & (found < count)
         return self._backend.xp.where(there, found, places), there
 
     def _keep_distances(self) -> None:

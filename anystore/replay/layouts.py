@@ -17,11 +17,8 @@ from anystore.backends.base import Array
 from anystore.convert import to_numpy
 from anystore.nests import map_leaves
 from anystore.replay.lanes import Lanes
-from anystore.replay.ring import Ring, in_order
-from anystore.rows import KnownRows
+from anystore.replay.ring import Ring
 from anystore.storage import Storage
-
-__all__ = ["Plain", "rows_of"]
 
 
 class Plain:
@@ -38,7 +35,7 @@ class Plain:
     """
 
     margin = 0
-    """How many items at the old end of the ring may be unreadable, for each lane."""
+    """How many items of each lane, at the old end of the ring, may be unreadable."""
 
     def __init__(
         self, storage: Storage, ring: Ring, lanes: Lanes, terminated: str | None, truncated: str | None
@@ -46,7 +43,7 @@ class Plain:
         self.storages = {"items": storage}
         self._ring = ring
         self._lanes = lanes
-        self._select = functools.lru_cache(maxsize=16)(storage.select)
+        self._select = functools.cache(functools.partial(_selection, self.storages))
         self._flags = [path for path in (terminated, truncated) if path is not None]
         self._ends = storage.select(*self._flags) if self._flags else None
         self._truncated = None if truncated is None else storage.select(truncated)
@@ -87,12 +84,12 @@ class Plain:
         ValueError, TypeError, OverflowError
             As `Storage.set`; nothing has changed then.
         """
-        write_run(self.storages["items"], self._ring.places(count), batch, count)
+        write_run(self.storages["items"], self._ring.next_rows(count), batch, count)
 
-    def ends(self, places: Array, items: range) -> Array:
+    def ends(self, places: Array) -> Array:
         """Whether an episode ends with each of these items."""
         assert self._ends is not None
-        flags = self._ends.get(rows_of(places, items, self._ring.capacity, self._ends.backend))
+        flags = self._ends.get(self._ring.index(places))
         return functools.reduce(operator.or_, flags.values()) if isinstance(flags, dict) else flags
 
     def end(self, lanes: NDArray[np.intp]) -> None:
@@ -109,24 +106,27 @@ class Plain:
         numbers = self._lanes.newest(lanes)
         numbers = numbers[numbers >= items.start]
         places = self._truncated.backend.as_index(numbers - items.start)
-        going_on = ~to_numpy(self.ends(places, items))
+        going_on = ~to_numpy(self.ends(places))
         self._truncated.set(numbers[going_on] % self._ring.capacity, True)
 
-    def read(self, places: Array, items: range, paths: tuple[str, ...] | None = None) -> Any:
+    def readable(self, places: Array) -> Array:
+        """Whether each of these items can be read, of those that come after `margin`."""
+        return places >= 0
+
+    def read(self, places: Array, paths: tuple[str, ...] | None = None) -> Any:
         """The items at these places; or a dict of some of their parts, by path."""
-        storage = self.storages["items"]
-        index = rows_of(places, items, self._ring.capacity, storage.backend)
+        index = self._ring.index(places)
         if paths is None:
-            return storage.get(index)
-        return {path: self._select(path).get(index) for path in paths}
+            return self.storages["items"].get(index)
+        return {path: self._select("items", path).get(index) for path in paths}
 
-    def every_end(self, items: range) -> NDArray[Any]:
+    def every_end(self) -> NDArray[Any]:
         """What `ends` says of all items, oldest first, in main memory: many times faster than by their places."""
-        return functools.reduce(operator.or_, [in_order(self._select(path), items) for path in self._flags])
+        return functools.reduce(operator.or_, [self.every(path) for path in self._flags])
 
-    def every(self, path: str, items: range) -> NDArray[Any]:
+    def every(self, path: str) -> NDArray[Any]:
         """The leaf at a path of all items, oldest first, in main memory."""
-        return in_order(self._select(path), items)
+        return self._ring.in_order(self._select("items", path))
 
     def clear(self) -> None:
         """All items are gone."""
@@ -139,12 +139,8 @@ class Plain:
         """Be as the layout was that `state` is of."""
 
 
-def rows_of(places: Array, items: range, capacity: int, backend: Any) -> KnownRows:
-    """The index of the items at these places."""
-    start = items.start % capacity
-    rows = places + start if start else places
-    rows = rows % capacity if start + len(items) > capacity else rows
-    return KnownRows(backend.as_rows(rows), capacity)
+def _selection(storages: dict[str, Storage], name: str, *paths: str) -> Storage:
+    return storages[name].select(*paths)
 
 
 def write_run(storage: Storage, runs: list[range], batch: Any, count: int) -> None:

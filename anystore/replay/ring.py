@@ -1,7 +1,8 @@
 """The running numbers of items, and the rows that they are in.
 
 Items are numbered from 0 as they are added, whatever becomes of them later; item `n` is in row ``n % capacity``. A
-number says therefore both where an item is, and whether it is still there.
+number says therefore both where an item is, and whether it is still there. Among the items that are there, each has a
+place as well: 0 is that of the oldest.
 """
 
 from __future__ import annotations
@@ -11,30 +12,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore.backends import Backend
+from anystore.backends.base import Array
 from anystore.convert import to_numpy
+from anystore.rows import KnownRows
 from anystore.storage import Storage
-
-__all__ = ["Ring", "in_order"]
 
 
 class Ring:
     """Where the next items go, and which ones are there.
 
+    Places and numbers are arrays of any library.
+
     Parameters
     ----------
     capacity : int
         The number of rows.
+    backend : Backend
+        Where the items are.
 
     Attributes
     ----------
     total : int
         How many items were ever added: the number of the next one.
+    period : int
+        A multiple of the capacity. Numbers are handed out modulo it, so that they fit into what the library counts in.
     """
 
-    __slots__ = ("_cleared", "_overwrote", "capacity", "total")
+    __slots__ = ("_backend", "_cleared", "_overwrote", "capacity", "period", "total")
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, backend: Backend) -> None:
         self.capacity = capacity
+        self._backend = backend
+        most = int(np.iinfo(backend.index_dtype).max) + 1
+        self.period = capacity * (most // capacity - 1) or capacity
         self.total = 0
         self._cleared = 0
         self._overwrote = False
@@ -50,7 +61,34 @@ class Ring:
         """Whether items had to go for newer ones, since the ring was last cleared."""
         return self._overwrote or self.total - self._cleared > self.capacity
 
-    def places(self, count: int) -> list[range]:
+    def rows(self, places: Array) -> Array:
+        """The rows of the items at these places."""
+        return _turned(places, self.items, self.capacity)
+
+    def index(self, places: Array) -> KnownRows:
+        """The same as an index."""
+        return KnownRows(self._backend.as_rows(self.rows(places)), self.capacity)
+
+    def numbers(self, places: Array) -> Array:
+        """The numbers of the items at these places, modulo the period."""
+        return _turned(places, self.items, self.period)
+
+    def places(self, numbers: Array) -> Array:
+        """The places of the items of these numbers, modulo the period; no places for those that are not there."""
+        items = self.items
+        places = numbers - items.start % self.period
+        return places % self.period if items.stop > self.period else places
+
+    def in_order(self, leaf: Storage) -> NDArray[Any]:
+        """A copy in main memory of what the storage of one leaf has for all items, oldest first."""
+        items = self.items
+        start = items.start % self.capacity
+        stop = min(start + len(items), self.capacity)
+        runs = [slice(start, stop), slice(0, len(items) - (stop - start))]
+        # Copies, since a storage whose live rows were given away is saved whole ever after.
+        return np.concatenate([to_numpy(leaf.get(run, copy=True)) for run in runs])
+
+    def next_rows(self, count: int) -> list[range]:
         """The rows of the next `count` items, or of the newest `capacity` of them.
 
         One run of rows, or two where the ring closes.
@@ -79,10 +117,7 @@ class Ring:
         self._overwrote = state["overwrote"] or self.total - self._cleared > self.capacity
 
 
-def in_order(leaf: Storage, items: range) -> NDArray[Any]:
-    """A copy in main memory of what the storage of one leaf has for these items, oldest first."""
-    start = items.start % leaf.capacity
-    stop = min(start + len(items), leaf.capacity)
-    runs = [slice(start, stop), slice(0, len(items) - (stop - start))]
-    # Copies, since a storage whose live rows were given away is saved whole ever after.
-    return np.concatenate([to_numpy(leaf.get(run, copy=True)) for run in runs])
+def _turned(places: Array, items: range, length: int) -> Array:
+    start = items.start % length
+    turned = places + start if start else places
+    return turned % length if start + len(items) > length else turned

@@ -15,8 +15,6 @@ from anystore.convert import is_array, to_numpy
 from anystore.plan import as_count
 from anystore.replay.sum_tree import SumTree
 
-__all__ = ["Prioritized", "Recent", "Sampler", "Uniform"]
-
 
 class Sampler(ABC):
     """What draws items for a `ReplayBuffer`; for one of your own, define `draw`, and more where it is needed.

@@ -26,7 +26,6 @@ from anystore.storage import Storage
 if TYPE_CHECKING:
     from anystore.replay.buffer import ReplayBuffer
 
-__all__ = ["load_buffer", "save_buffer"]
 
 _SETTINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Uniform": lambda sampler: {"replacement": not sampler.distinct},

@@ -4,11 +4,15 @@ Of each episode there is a record: the frames that came before its first one, an
 so far. With it every item is put together again just as it was added, at both ends of an episode, at truncation and at
 the newest item. Whether items of a lane go on from one another is seen from the observations themselves: an item
 that does not begin with what followed the one before it begins an episode of its own.
+
+Three storages hold them: "items" has a row for each item, with single frames in place of stacks; so has "marks", for
+what is known of each item's episode; "records" has as many rows for each record as the deepest stack has frames. The
+last of them is for the frame that followed the episode's last item so far, those in front of it are for the frames from
+before its first item, the latest of them last. A record is free again once the last item of its episode is overwritten.
 """
 
 from __future__ import annotations
 
-import functools
 import heapq
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,13 +24,11 @@ from anystore.backends.base import Array
 from anystore.convert import to_numpy
 from anystore.nests import Nest, label
 from anystore.replay.lanes import Lanes
-from anystore.replay.layouts import Plain, rows_of, write_run
-from anystore.replay.ring import Ring, in_order
+from anystore.replay.layouts import Plain, write_run
+from anystore.replay.ring import Ring
 from anystore.rows import KnownRows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
-
-__all__ = ["Shared"]
 
 _MARKS = {"begins": ArraySpec((), "bool"), "ends": ArraySpec((), "bool"), "record": ArraySpec((), "int32")}
 """Of each item: whether an episode begins or ends with it, and the number of the episode's record."""
@@ -107,9 +109,6 @@ class Shared(Plain):
         options: dict[str, Any],
     ) -> None:
         self._nest = nest
-        self._ring = ring
-        self._lanes = lanes
-        self._flags = [path for path in (terminated, truncated) if path is not None]
         self._observations = _observations(nest, shared, stacks)
         self._depth = max(each.frames for each in self._observations)
         self.margin = self._depth - 1
@@ -121,25 +120,23 @@ class Shared(Plain):
         frames = {each.path: each.frame for each in self._observations}
         self._not_stored = {each.after for each in self._observations} - {None}
         stored = {path: frames.get(path, spec) for path, spec in nest.leaves.items() if path not in self._not_stored}
+        super().__init__(Storage(stored, ring.capacity, **options), ring, lanes, terminated, truncated)
         self._records = 2 * lanes.count
-        self.storages = {
-            "items": Storage(stored, ring.capacity, **options),
-            "marks": Storage(_MARKS, ring.capacity, **options),
-            "records": Storage(frames, self._records * self._depth, **options),
-        }
+        self.storages["marks"] = Storage(_MARKS, ring.capacity, **options)
+        self.storages["records"] = Storage(frames, self._records * self._depth, **options)
         # To convert whole items before they are taken apart; it holds nothing.
         self._whole_items = Storage(nest.data_spec, 1, **options)
         self._backend = self._whole_items.backend
-        self._select = functools.cache(lambda name, *paths: self.storages[name].select(*paths))
         self._kept_whole = set(stored) - {each.path for each in self._observations if each.axis is not None}
-        self._truncated = None if truncated is None else self.storages["items"].select(truncated)
         self._forget()
 
     def _forget(self) -> None:
         """No episode has begun."""
+        # Each record is either free, that of an episode that has ended, or that of the one that goes on in a lane.
         self._free = list(range(self._records))[::-1]
         self._ended: list[tuple[int, int]] = []  # a heap of the last item of an episode, and its record
-        self._record = np.full(self._lanes.count, -1, np.int64)  # of the episode that goes on in each lane
+        self._record = np.full(self._lanes.count, -1, np.int64)
+        # What the next item of a lane begins with, if it goes on.
         self._expected = {
             each.path: np.zeros((self._lanes.count, *each.spec.shape), each.spec.dtype) for each in self._observations
         }
@@ -190,10 +187,10 @@ class Shared(Plain):
         self._reserve(int(begins.sum()), self._ring.total + count - self._ring.capacity)
         self._break_off(ids[begins[0]], self._ring.total + count - self._ring.capacity)
         records = self._records_of(begins, ids)
-        write_run(self.storages["items"], self._ring.places(count), batch.stored, count)
+        write_run(self.storages["items"], self._ring.next_rows(count), batch.stored, count)
         marks = {"begins": begins, "ends": ends, "record": records.astype(np.int32)}
         marks = {name: each.reshape(-1) for name, each in marks.items()}
-        write_run(self.storages["marks"], self._ring.places(count), marks, count)
+        write_run(self.storages["marks"], self._ring.next_rows(count), marks, count)
         self._write_records(batch.seen, begins, ends, records)
         for number, record in zip(numbers[ends].tolist(), records[ends].tolist()):
             heapq.heappush(self._ended, (number, record))
@@ -286,30 +283,30 @@ class Shared(Plain):
 
     # Reading --------------------------------------------------------------------------------------------------------
 
-    def ends(self, places: Array, items: range) -> Array:
-        return self._marks("ends", places, items)
+    def ends(self, places: Array) -> Array:
+        return self._marks("ends", places)
 
-    def every_end(self, items: range) -> NDArray[Any]:
-        return in_order(self._select("marks", "ends"), items)
+    def every_end(self) -> NDArray[Any]:
+        return self._ring.in_order(self._select("marks", "ends"))
 
-    def every(self, path: str, items: range) -> NDArray[Any]:
+    def every(self, path: str) -> NDArray[Any]:
         if path in self._kept_whole:
-            return in_order(self._select("items", path), items)
-        places = self._backend.as_index(np.arange(len(items)))
-        return to_numpy(self.read(places, items, (path,))[path])
+            return self._ring.in_order(self._select("items", path))
+        places = self._backend.as_index(np.arange(len(self._ring.items)))
+        return to_numpy(self.read(places, (path,))[path])
 
-    def readable(self, places: Array, items: range) -> Array:
+    def readable(self, places: Array) -> Array:
         """Whether each of these items can be read: whether the frames of its stacks are there."""
-        _, depth, begins = self._older(places, items)
+        _, depth, begins = self._older(places)
         return begins | (depth == self._depth - 1)
 
-    def read(self, places: Array, items: range, paths: tuple[str, ...] | None = None) -> Any:
+    def read(self, places: Array, paths: tuple[str, ...] | None = None) -> Any:
         flat = self._backend.xp.reshape(places, (-1,))
         wanted = self._nest.paths if paths is None else paths
-        leaves = self._as_stored(tuple(path for path in wanted if path in self._kept_whole), flat, items)
+        leaves = self._as_stored(tuple(path for path in wanted if path in self._kept_whole), flat)
         for each in self._observations:
             if (each.axis is not None and each.path in wanted) or each.after in wanted:
-                rows, of_records = self._sources(flat, items)
+                rows, of_records = self._sources(flat)
                 break
         for each in self._observations:
             if each.axis is not None and each.path in wanted:
@@ -322,35 +319,33 @@ class Shared(Plain):
             }
         return leaves if paths is not None else self._nest.pack([leaves[path] for path in self._nest.paths])
 
-    def _as_stored(self, paths: tuple[str, ...], places: Array, items: range) -> dict[str, Array]:
+    def _as_stored(self, paths: tuple[str, ...], places: Array) -> dict[str, Array]:
         if not paths:
             return {}
-        index = rows_of(places, items, self._ring.capacity, self._backend)
-        leaves = self._select("items", *paths).get(index)
+        leaves = self._select("items", *paths).get(self._ring.index(places))
         return leaves if len(paths) > 1 else {paths[0]: leaves}
 
-    def _marks(self, name: str, places: Array, items: range) -> Array:
-        index = rows_of(places, items, self._ring.capacity, self._backend)
-        return self._select("marks", name).get(index)
+    def _marks(self, name: str, places: Array) -> Array:
+        return self._select("marks", name).get(self._ring.index(places))
 
-    def _older(self, places: Array, items: range) -> tuple[list[Array], Array, Array]:
+    def _older(self, places: Array) -> tuple[list[Array], Array, Array]:
         """The places of the items before each, of the same episode, nearest first, as many as a stack has frames.
 
         Where there are fewer, the last is repeated; how many there are, and whether that one is the episode's first.
         """
         xp = self._backend.xp
         found = [places]
-        begins = self._marks("begins", places, items)
+        begins = self._marks("begins", places)
         depth = xp.zeros_like(places)
         for _ in range(self._depth - 1):
-            before, there = self._lanes.behind(found[-1], items)
+            before, there = self._lanes.behind(found[-1])
             there = there & ~begins & (depth == len(found) - 1)
             found.append(xp.where(there, before, found[-1]))
-            begins = self._marks("begins", found[-1], items)
+            begins = self._marks("begins", found[-1])
             depth = depth + xp.astype(there, depth.dtype)
         return found, depth, begins
 
-    def _sources(self, places: Array, items: range) -> tuple[Array, Array]:
+    def _sources(self, places: Array) -> tuple[Array, Array]:
         """Where the frames of items are: of the stack, oldest first, and then of what follows.
 
         Returns
@@ -360,18 +355,17 @@ class Shared(Plain):
         of_records : array of bool
             Which.
         """
-        xp, deep = self._backend.xp, self._depth
-        capacity, start = self._ring.capacity, items.start % self._ring.capacity
-        found, depth, _ = self._older(places, items)
-        record = xp.astype(self._marks("record", places, items), places.dtype) * deep
+        xp = self._backend.xp
+        found, depth, _ = self._older(places)
+        followed = xp.astype(self._marks("record", places), places.dtype) * self._depth + (self._depth - 1)
         rows, of_records = [], []
         for age, place in reversed(list(enumerate(found))):
             missing = age - depth
             of_records.append(missing > 0)
-            rows.append(xp.where(missing > 0, record + (deep - 1) - missing, (place + start) % capacity))
-        after, there = self._lanes.ahead(places, items)
-        of_records.append(self._marks("ends", places, items) | ~there)
-        rows.append(xp.where(of_records[-1], record + (deep - 1), (after + start) % capacity))
+            rows.append(xp.where(missing > 0, followed - missing, self._ring.rows(place)))
+        after, there = self._lanes.ahead(places)
+        of_records.append(self._marks("ends", places) | ~there)
+        rows.append(xp.where(of_records[-1], followed, self._ring.rows(after)))
         return xp.stack(rows, axis=1), xp.stack(of_records, axis=1)
 
     def _together(self, each: _Observation, rows: Array, of_records: Array) -> Array:

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Counts", "Meter", "Spread", "Stats", "live_stats"]
-
 _NEWEST = 100
 """The means are of so many episodes, the newest."""
 

@@ -18,8 +18,6 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.convert import to_numpy
 
-__all__ = ["SumTree"]
-
 WIDTH = 16
 
 compiled: ModuleType | None

@@ -11,20 +11,20 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
+from anystore.replay.ring import Ring
 from anystore.specs import as_dtype, is_extension, kind_of
-
-__all__ = ["Windows"]
 
 
 class Windows:
-    """What items come after others in their lanes; all by places, the positions among the items that are there."""
+    """What items come after others in their lanes; all by their places."""
 
-    def __init__(self, layout: Plain, lanes: Lanes, backend: Backend) -> None:
+    def __init__(self, layout: Plain, ring: Ring, lanes: Lanes, backend: Backend) -> None:
         self._layout = layout
+        self._ring = ring
         self._lanes = lanes
         self._backend = backend
 
-    def beginning(self, num_steps: int, at_end: str, items: range) -> Callable[[Array], Array] | None:
+    def beginning(self, num_steps: int, at_end: str) -> Callable[[Array], Array] | None:
         """What tells which items begin a window that can be drawn; None if all do."""
         if at_end != "cross" and not self._layout.knows_ends:
             raise ValueError(
@@ -37,26 +37,26 @@ class Windows:
         def begins(places: Array) -> Array:
             xp = self._backend.xp
             if self._lanes.in_step:  # none of the newest items is a candidate, so that all steps are there
-                return ~xp.any(self._layout.ends(self._strided(places, num_steps - 1), items), axis=0)
-            steps, there = self._follow(places, items, num_steps)
+                return ~xp.any(self._layout.ends(self._strided(places, num_steps - 1)), axis=0)
+            steps, there = self._follow(places, num_steps)
             if at_end == "whole":
-                there = there[1:, :] & ~self._layout.ends(steps[:-1, :], items)
+                there = there[1:, :] & ~self._layout.ends(steps[:-1, :])
             return xp.all(there, axis=0)
 
         return begins
 
-    def steps(self, places: Array, items: range, num_steps: int, at_end: str) -> tuple[Array, Array]:
+    def steps(self, places: Array, num_steps: int, at_end: str) -> tuple[Array, Array]:
         """The places of windows, and which of their steps are real, both of shape (count, num_steps).
 
         The places of the others are that of the last real one.
         """
         xp = self._backend.xp
-        steps, there = self._follow(places, items, num_steps)
+        steps, there = self._follow(places, num_steps)
         if at_end == "pad" and num_steps > 1:
             ends = ~there[1:, :]
             if self._layout.knows_ends:
-                within = xp.minimum(steps[:-1, :], xp.full_like(places, len(items) - 1))
-                ends = ends | self._layout.ends(within, items)
+                within = xp.minimum(steps[:-1, :], xp.full_like(places, len(self._ring.items) - 1))
+                ends = ends | self._layout.ends(within)
             # Places grow along a window, so that the first of its ends is the least.
             last = xp.min(xp.where(ends, steps[:-1, :], steps[-1:, :]), axis=0)
             there = there & (steps <= last)
@@ -79,7 +79,7 @@ class Windows:
         discounts = xp.where(terminated, xp.zeros_like(discounts), discounts)
         return xp.sum(xp.astype(rewards, dtype) * factors, axis=1), discounts
 
-    def _follow(self, places: Array, items: range, num_steps: int) -> tuple[Array, Array]:
+    def _follow(self, places: Array, num_steps: int) -> tuple[Array, Array]:
         """The places of the items from each one on, and which of them are there, both of shape (num_steps, count).
 
         In this order since what follows looks along the windows, and across the rows of an array is quicker. Where no
@@ -88,10 +88,10 @@ class Windows:
         xp = self._backend.xp
         if self._lanes.in_step:
             steps = self._strided(places, num_steps)
-            return steps, steps < len(items)
+            return steps, steps < len(self._ring.items)
         found, there = [places], [places >= 0]
         for _ in range(num_steps - 1):
-            after, is_there = self._lanes.ahead(found[-1], items)
+            after, is_there = self._lanes.ahead(found[-1])
             found.append(after)
             there.append(there[-1] & is_there)
         return xp.stack(found), xp.stack(there)

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from anystore.convert import to_numpy
-from anystore.rows import basic_index
-
-__all__ = ["Changes"]
+from anystore.moves import basic_index
 
 
 class Changes:

@@ -20,8 +20,6 @@ import numpy as np
 from anystore.nests import children
 from anystore.specs import ArraySpec, as_dtype, is_extension
 
-__all__ = ["describe", "describe_dtype", "read_dtype", "rebuild"]
-
 _DEEPEST = 64
 _LARGEST = 2**48
 """No dimension and no item in bytes is larger."""

@@ -17,8 +17,6 @@ from anystore.snapshot import files
 from anystore.snapshot.files import LOCK, SnapshotError
 from anystore.snapshot.manifest import MANIFEST, Manifest, kept_name, kept_versions, read_manifest, render
 
-__all__ = ["commit", "file_name", "keep_old", "next_version", "prepared", "stage", "sweep", "undone_on_error"]
-
 _OWN = re.compile(r"([0-9]{6,15})\..*\.npy|manifest-([0-9]{6,15})\.json|manifest(?:-[0-9]{6,15})?\.json\.new")
 """The names that files of a snapshot have, besides the manifest and the lock."""
 

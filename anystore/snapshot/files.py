@@ -14,23 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "LOCK",
-    "SnapshotError",
-    "close",
-    "create",
-    "fsync",
-    "list_names",
-    "locked",
-    "mkdir",
-    "open_regular",
-    "replace",
-    "sync_directory",
-    "truncate",
-    "unlink",
-    "write",
-]
-
 LOCK = "anystore.lock"
 """The file that a writer holds a lock on; it is never removed, since two could then hold locks on two of them."""
 

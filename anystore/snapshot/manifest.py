@@ -21,19 +21,6 @@ from anystore.snapshot.files import SnapshotError
 from anystore.specs import ArraySpec
 from anystore.values import CASTINGS, Casting
 
-__all__ = [
-    "MANIFEST",
-    "ArrayEntry",
-    "File",
-    "Layer",
-    "Manifest",
-    "StorageEntry",
-    "kept_name",
-    "kept_versions",
-    "read_manifest",
-    "render",
-]
-
 MANIFEST = "manifest.json"
 FORMAT = "anystore snapshot"
 VERSION = 1

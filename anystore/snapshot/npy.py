@@ -24,20 +24,6 @@ from anystore.snapshot import files
 from anystore.snapshot.files import SnapshotError
 from anystore.specs import is_extension
 
-__all__ = [
-    "AHEAD",
-    "PIECE",
-    "ROWS",
-    "THREADS",
-    "NpyFile",
-    "as_bytes",
-    "combined",
-    "header",
-    "rows_at_a_time",
-    "stored_dtype",
-    "write_npy",
-]
-
 PIECE = 1 << 22
 """The bytes that are on the way at a time, unless a single row has more."""
 ROWS = 1 << 18

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Callback", "Progress"]
-
 Callback = Callable[[int, int], None]
 """Called with the bytes that are done and the bytes in all."""
 _PATIENCE = 1.0

@@ -30,7 +30,6 @@ from anystore.snapshot.progress import Callback, Progress
 if TYPE_CHECKING:
     from anystore.storage import Storage
 
-__all__ = ["Snapshot", "fitting", "load"]
 
 _TRIES = 20
 """How often a load begins anew because a save has taken its files away."""

@@ -12,8 +12,6 @@ from anystore.snapshot.described import describe_dtype
 from anystore.snapshot.manifest import StorageEntry, kept_versions
 from anystore.snapshot.reader import Snapshot
 
-__all__ = ["as_text", "report"]
-
 
 def report(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]:
     """What the snapshot at `path` holds, in words that JSON has.

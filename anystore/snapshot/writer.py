@@ -33,7 +33,6 @@ from anystore.snapshot.progress import Callback, Progress
 if TYPE_CHECKING:
     from anystore.storage import Storage
 
-__all__ = ["save_snapshot", "storage_entry", "used_rows"]
 
 _LAYERS = 64
 """A storage that has so many layers is written whole."""
