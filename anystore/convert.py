@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from anystore.specs import as_dtype, is_extension
 
+_LIBRARIES = {"numpy", "cupy", "torch", "jax", "tensorflow", "array_api_strict"}
 _CUDA = (2, 13)
 """DLPack's device types of CUDA: plain and managed memory."""
 
@@ -20,9 +22,15 @@ def is_array(value: Any) -> bool:
 
 
 def library_of(value: Any) -> str:
-    """The package that the class of `value` comes from."""
-    package = type(value).__module__.partition(".")[0]
-    return "jax" if package == "jaxlib" else package
+    """The package that the class of `value` comes from; for a class of the user's own, that of its array library."""
+    cls: Any = type(value)
+    return _library_of_class(cls)
+
+
+@functools.lru_cache(maxsize=256)
+def _library_of_class(cls: Any) -> str:
+    packages: list[str] = [base.__module__.partition(".")[0].replace("jaxlib", "jax") for base in cls.__mro__]
+    return next((package for package in packages if package in _LIBRARIES), packages[0])
 
 
 def on_gpu(value: Any) -> bool:

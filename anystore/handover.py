@@ -74,10 +74,12 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
 def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
     if not is_array(leaf):
         raise ValueError(f"expected an array, found a {type(leaf).__name__}: {leaf!r:.80}")
-    taker, own = _TAKERS[library], {"jaxlib": "jax"}.get(library_of(leaf), library_of(leaf))
-    taker.check_dtype(as_dtype(leaf.dtype))
+    taker, own, dtype = _TAKERS[library], library_of(leaf), as_dtype(leaf.dtype)
+    taker.check_dtype(dtype)
     if own == library:
         return taker.copy(leaf) if copy else leaf
+    if dtype.hasobject:
+        raise ValueError(f"expected a dtype of a fixed size, found {leaf.dtype}")
     if not copy:
         why = _obstacle(leaf, library)
         if why is None:
@@ -89,7 +91,10 @@ def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
             raise ValueError(f"{library} cannot share the memory of this array: {why}; pass copy=None or copy=True")
     if on_gpu(leaf) and library != "numpy" and own in _TAKERS:
         return taker.share(_TAKERS[own].copy(leaf))
-    return taker.from_numpy(_own_copy(to_numpy(leaf)))
+    try:
+        return taker.from_numpy(_own_copy(to_numpy(leaf)))
+    except (BufferError, RuntimeError) as error:
+        raise ValueError(f"{library} cannot hold {dtype}: {error}") from error
 
 
 def _own_copy(array: NDArray[Any]) -> NDArray[Any]:
@@ -110,6 +115,8 @@ def _obstacle(leaf: Any, library: str) -> str | None:
         return "it is in the memory of a GPU"
     if library == "cupy" and not on_gpu(leaf):
         return "it is in main memory"
+    if library_of(leaf) == "torch" and leaf.is_neg():
+        return "it is the negative of what is in its memory"  # which DLPack leaves out
     address, strides, contiguous = _layout(leaf)
     if library != "numpy" and any(stride < 0 for stride in strides):
         return "it has negative strides"  # torch ends the process (pytorch #188023)

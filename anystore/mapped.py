@@ -53,7 +53,7 @@ class Mapped:
     def __init__(self, directory: str | os.PathLike[str], mode: str, entry: StorageEntry, nest: Nest) -> None:
         if mode not in MODES:
             raise ValueError(f"expected a mode among {', '.join(MODES)}, found {mode!r}")
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.mode = mode
         self._nest = nest
         if mode == "r+" and not os.path.lexists(self.directory / MANIFEST):
@@ -61,6 +61,11 @@ class Mapped:
         self._maps: list[mmap.mmap] = []
         self._entry = self._expected(entry)
         self.buffers = self._open(self._entry)
+
+    @property
+    def capacity(self) -> int:
+        """How many rows there are."""
+        return self._entry.capacity
 
     def _create(self, entry: StorageEntry) -> None:
         """Make the files, all or nothing; if another process does at this moment, wait for it."""
@@ -108,7 +113,10 @@ class Mapped:
         ]
 
     def _map(self, file: NpyFile) -> NDArray[Any]:
-        file.check()
+        try:
+            file.check()
+        except FileNotFoundError:
+            raise SnapshotError(f"{file.path}: there is no such file, though the manifest names it") from None
         fd = os.open(file.path, (os.O_RDWR if self.mode == "r+" else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             access = mmap.PROT_READ | (mmap.PROT_WRITE if self.mode == "r+" else 0)
@@ -160,6 +168,7 @@ class Mapped:
         with prepared(self.directory, "mapped", wait=True):
             self._check_that_it_is_there()
             old, self._maps = self._maps, []
+            new: StorageEntry | None = None
             try:
                 with undone_on_error(self.directory):
                     manifest = self._draft(entry)
@@ -167,11 +176,13 @@ class Mapped:
                     yield buffers
                     self._sync()
                     stage(self.directory, MANIFEST, manifest)
-            except BaseException:
-                self._maps = old
-                raise
-            commit(self.directory, MANIFEST)
-            self.buffers, self._entry = buffers, manifest.storages[_ITEMS]
+                new = manifest.storages[_ITEMS]
+                commit(self.directory, MANIFEST)
+            finally:
+                if new is not None and mapped_entry(self.directory) == new:
+                    self.buffers, self._entry = buffers, new
+                else:
+                    self._maps = old
             sweep(self.directory)
 
 

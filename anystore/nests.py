@@ -100,19 +100,23 @@ class Nest:
         """
         parts = {path: self._subtree(path) for path in paths}
         whole: Any = next(iter(parts.values())) if len(paths) == 1 else parts
-        positions, _ = _flatten(whole)
+        above = paths if len(paths) == 1 else ()
+        _, treespec = _flatten(whole)
+        positions = [self.paths.index("/".join([*above, *names])) for names in _names(treespec)]
         if not positions:
             raise ValueError(f"expected the path of a leaf or a subtree; there are {_listed(self.paths)}")
         if len(parts) < len(paths) or len(set(positions)) < len(positions):
             raise ValueError(f"expected paths that do not overlap, found {', '.join(paths)}")
-        import optree
-
-        return optree.tree_map(self.specs.__getitem__, whole, none_is_leaf=True, namespace=_NAMESPACE), positions
+        return whole, positions
 
     def _subtree(self, path: str) -> Any:
-        for node in _nodes_at(path, self.pack(range(len(self.specs)))):
-            return node
-        raise ValueError(f"{path!r} is not in the spec; there are {_listed(self.paths)}")
+        if path in self.paths:
+            return self.leaves[path]
+        found = list(_nodes_at(path, self.data_spec))
+        if len(found) != 1:
+            what = "is not in the spec" if not found else "is there more than once"
+            raise ValueError(f"{path!r} {what}; there are {_listed(self.paths)}")
+        return found[0]
 
 
 def example_spec(item: Any) -> Any:
@@ -215,13 +219,17 @@ def _register(cls: type) -> None:
 
 
 def _paths(treespec: Any) -> tuple[str, ...]:
-    return tuple("/".join(_name(entry) for entry in accessor) for accessor in treespec.accessors())
+    return tuple(map("/".join, _names(treespec)))
 
 
-def _name(entry: Any) -> str:
+def _names(treespec: Any) -> list[list[str]]:
+    """The keys, fields and positions that lead to each leaf."""
     import optree
 
-    return str(entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry)
+    return [
+        [str(entry.field if isinstance(entry, optree.NamedTupleEntry) else entry.entry) for entry in accessor]
+        for accessor in treespec.accessors()
+    ]
 
 
 def _join(*parts: str) -> str:

@@ -123,8 +123,10 @@ def _from_slice(index: slice, capacity: int) -> range:
         rows = range(*index.indices(capacity))
     except TypeError:
         raise TypeError(f"expected a slice of integers, found {index}") from None
-    # An empty one may start and stop at -1, which is a row to a buffer.
-    return rows or range(0)
+    if len(rows) > 1:
+        return rows
+    # An empty one may start and stop at -1, which is a row to a buffer; the step of a single one may be any.
+    return range(rows.start, rows.start + 1) if rows else range(0)
 
 
 def _from_array(index: NDArray[Any], capacity: int) -> Rows:

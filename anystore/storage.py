@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import warnings
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.convert import to_numpy
@@ -151,10 +149,17 @@ class Storage:
             If there is none, or a file of it is damaged or missing.
         """
         from anystore.mapped import mapped_entry
+        from anystore.snapshot import SnapshotError
 
         entry = mapped_entry(directory)
-        options: Any = {"casting": entry.casting, "directory": directory, "mode": mode}
-        return cls(entry.nest.data_spec, entry.capacity, **options)
+        while True:
+            options: Any = {"casting": entry.casting, "directory": directory, "mode": mode}
+            try:
+                return cls(entry.nest.data_spec, entry.capacity, **options)
+            except SnapshotError:
+                before, entry = entry, mapped_entry(directory)
+                if entry == before:  # and else another has resized it meanwhile
+                    raise
 
     def _attach(self, data_spec: Any, capacity: int, backend: Backend, casting: Casting) -> None:
         """Everything but the buffers."""
@@ -487,9 +492,22 @@ class Storage:
             raise ValueError("a selection has the capacity of the storage it was selected from; resize that one")
         capacity = as_count("capacity", capacity)
         kept = range(min(capacity, self._capacity))
-        new = contextlib.nullcontext(self._allocate(capacity)) if self._mapped is None else self._replaced(capacity)
-        with new as buffers:
+        if self._mapped is None:
+            buffers = self._allocate(capacity)
             self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
+            self._switch(buffers, capacity)
+            return
+        from anystore.snapshot.writer import storage_entry
+
+        entry = dataclasses.replace(storage_entry(self), capacity=capacity)
+        try:
+            with self._mapped.replaced(entry) as new:
+                self._backend.scatter(new, kept, self._backend.gather(self._buffers, kept, None))
+        finally:  # whichever files are there, also after an interrupt
+            self._switch(self._backend.together(self._mapped.buffers), self._mapped.capacity)
+
+    def _switch(self, buffers: list[Any], capacity: int) -> None:
+        """Have other buffers, and all selections as well."""
         self._buffers, self._capacity = buffers, capacity
         self._lent = _Lent(self._mapped is not None)
         self._track(None)
@@ -498,13 +516,6 @@ class Storage:
             selection._buffers = self._backend.together([buffers[position] for position in positions])
             selection._capacity = capacity
             selection._lent = self._lent
-
-    def _replaced(self, capacity: int) -> contextlib.AbstractContextManager[list[Any]]:
-        """New files in the place of those that there are."""
-        from anystore.snapshot.writer import storage_entry
-
-        assert self._mapped is not None
-        return self._mapped.replaced(dataclasses.replace(storage_entry(self), capacity=capacity))
 
     def _plan(self, capacity: int) -> Plan:
         return Plan(capacity, self._nest.leaves)
@@ -522,10 +533,9 @@ class Storage:
         Storage.__init__(
             self, state["data_spec"], state["capacity"], backend=state["backend"], casting=state["casting"]
         )
-        arrays: list[NDArray[Any]] = state["buffers"]
-        self._backend.scatter(
-            self._buffers, range(self._capacity), [self._backend.from_numpy(array) for array in arrays]
-        )
+        # Arrays come out of a pickle in the byte order of the machine.
+        arrays = [array.astype(spec.dtype, copy=False) for array, spec in zip(state["buffers"], self._nest.specs)]
+        self._backend.scatter(self._buffers, range(self._capacity), [self._backend.from_numpy(each) for each in arrays])
 
 
 class _Lent:

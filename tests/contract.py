@@ -456,6 +456,9 @@ class StorageContract:
             assert found.tobytes() == values.tobytes()
             assert to_numpy(store.get(slice(2, 4))).tobytes() == values[2:4].tobytes()
             assert to_numpy(store.get(7)).tobytes() == values[7].tobytes()
+            twin = pickle.loads(pickle.dumps(store))
+            assert twin.data_spec == store.data_spec
+            assert to_numpy(twin.get(...)).tobytes() == values.tobytes()
 
     def test_refuses_a_dtype_that_the_library_lacks(self) -> None:
         for name in self.no_dtypes:

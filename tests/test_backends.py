@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import pickle
+import subprocess
+import sys
+import textwrap
 import types
 
 import numpy as np
@@ -203,6 +206,38 @@ class TestJax:
             write(jax.numpy.ones(2))
         assert store.get(...)["b"].tolist() == [0, 1, 2, 3]
 
+    def test_a_read_within_jit_is_refused(self, store):
+        """It would be that of the time of the trace for ever."""
+        import jax
+
+        @jax.jit
+        def read(x):
+            return x * store.get(0)["a"].sum()
+
+        with pytest.raises(TypeError, match="cannot be read within jax.jit.*; hand over what is read as an argument"):
+            read(1.0)
+
+    @pytest.mark.parametrize("index", ["3", "slice(3, 4)", "[3]"])
+    def test_an_interrupt_loses_nothing(self, index):
+        pytest.importorskip("jax")
+        program = textwrap.dedent(
+            f"""
+            import contextlib, signal
+            from anystore import ArraySpec, Storage
+            store = Storage(ArraySpec((), "int32"), 4, backend="jax", device="cpu")
+            store.set(..., [0, 1, 2, 3])
+            store.set({index}, 7)
+            signal.signal(signal.SIGALRM, signal.default_int_handler)
+            for microseconds in range(200, 1000, 4):  # about half of them come while JAX is at it
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
+                    for _ in range(10_000):
+                        store.set({index}, 7)
+            print(store.get(...).tolist())
+            """
+        )
+        assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[0, 1, 2, 7]\n"
+
     def test_not_a_number_is_stored_whatever_jax_looks_for(self, store):
         import jax
 
@@ -247,6 +282,34 @@ class TestTorch:
         assert store.get(3)["x"].tolist() == [1 - 2j, 3 + 1j]
         assert store.get(3)["y"].tolist() == [0, 2]
         assert not store.buffers["y"].requires_grad
+
+    def test_memory_that_torch_moves_is_that_of_the_storage(self):
+        """As it does when a view is sent to another process."""
+        torch = pytest.importorskip("torch")
+        store = Storage({"x": ArraySpec((1000,), "float32")}, 5000, backend="torch")
+        store.set(..., {"x": torch.ones(5000, 1000)})
+        store.get(slice(0, 3), copy=False)["x"].share_memory_()
+        store.set(1, {"x": torch.full((1000,), 7.0)})
+        assert [float(store.get(1, copy=copy)["x"].sum()) for copy in (True, False)] == [7000.0, 7000.0]
+        assert float(store.get(np.arange(5000))["x"].sum()) == 5006000.0
+
+    def test_what_is_done_to_a_buffer_is_not_done_to_the_storage(self):
+        torch = pytest.importorskip("torch")
+        store = Storage({"x": ArraySpec((2,), "float32")}, 4, backend="torch")
+        store.buffers["x"].requires_grad_(True)
+        store.set(3, {"x": torch.ones(2)})
+        store.resize(5)
+        assert store.get(3)["x"].tolist() == [1, 1]
+
+    def test_a_tensor_of_a_class_of_the_users_own(self):
+        torch = pytest.importorskip("torch")
+
+        class Tensor(torch.Tensor):
+            pass
+
+        store = Storage({"x": ArraySpec((2,), "bfloat16")}, 4, backend="torch")
+        store.set(3, {"x": torch.ones(2, dtype=torch.bfloat16).as_subclass(Tensor)})
+        assert store.get(3)["x"].tolist() == [1, 1]
 
 
 def test_jax_with_64_bits():

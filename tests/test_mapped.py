@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from anystore import ArraySpec, SnapshotError, Storage, load
+from anystore import ArraySpec, SnapshotError, Storage, load, mapped
 from anystore.snapshot import files
 from tests import test_storage
 from tests.contract import CAPACITY
@@ -112,6 +115,30 @@ class TestFiles:
         assert_same(reader.get(3), batch(3))
         assert reader.capacity == 10
 
+    def test_its_directory_stays_where_it_is(self, path, tmp_path, monkeypatch):
+        monkeypatch.chdir(path.parent)
+        store = Storage(SPEC, 10, directory=path.name)
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        store.set(3, batch(3))
+        store.flush()
+        store.resize(12)
+        assert store.directory == path
+        assert list(Path().iterdir()) == []
+
+    def test_is_opened_while_another_resizes_it(self, path, monkeypatch):
+        store = Storage(SPEC, 10, directory=path)
+        entries = mapped.mapped_entry
+
+        def resized(directory: Path) -> Any:
+            entry = entries(directory)
+            monkeypatch.setattr(mapped, "mapped_entry", entries)
+            store.resize(12)
+            return entry
+
+        monkeypatch.setattr(mapped, "mapped_entry", resized)
+        assert Storage.open(path).capacity == 12
+
     def test_is_resized_for_those_who_open_it_later(self, path):
         store = Storage(SPEC, 10, directory=path)
         store.set(..., batch(np.arange(10)))
@@ -150,16 +177,36 @@ class TestFiles:
                 try:
                     store.resize(15)
                 except OSError:
-                    found = Storage.open(path).capacity
-                    assert found == 10 or faults.failed == ["sync_directory"]
-                    if found == 15:  # but nobody may count on it yet, so that this one stays as it was
-                        continue
+                    # Whichever files are there are those of this storage, though nobody may count on new ones yet.
+                    assert store.capacity == Storage.open(path).capacity
+                    assert store.capacity == 10 or faults.failed == ["sync_directory"]
                 else:
                     assert faults.failed == ["unlink"]
                     assert store.capacity == 15
             store.set(3, batch(33))
             store.resize(12)
             assert_same(Storage(SPEC, 12, directory=path).get(range(10)), batch([0, 1, 2, 33, 4, 5, 6, 7, 8, 9]))
+
+    def test_any_moment_of_a_resize_is_interrupted(self, tmp_path):
+        """By a signal, whose handler raises: the storage is that of the files that are there."""
+
+        def interrupted(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+            nonlocal left
+            left -= 1
+            done = call(*arguments)
+            if left == -1:
+                signal.raise_signal(signal.SIGINT)
+            return done
+
+        path = tmp_path / "store"
+        store = Storage(SPEC, 10, directory=path)
+        for number in range(count_calls(lambda: store.resize(11)) + 1):
+            left = number
+            with calls_go_through(interrupted), contextlib.suppress(KeyboardInterrupt):
+                store.resize(20 + number)
+            store.set(..., batch(np.arange(len(store))))
+            store.flush()
+            assert_same(Storage(SPEC, len(store), directory=path).get(...), batch(np.arange(len(store))))
 
     def test_every_call_of_its_making_fails(self, tmp_path):
         for number in range(count_calls(lambda: Storage(SPEC, 10, directory=tmp_path / "count"))):

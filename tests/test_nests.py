@@ -151,6 +151,26 @@ class TestPaths:
         store.data_spec.pop("a")
         assert store.data_spec == {"a": X, "b": Y}
 
+    def test_that_stand_for_two_parts_are_refused(self):
+        store = Storage({"a/b": {"x": X}, "a": {"b": {"c": Y}}}, 4)
+        with pytest.raises(ValueError, match="^'a/b' is there more than once; there are a/b/c, a/b/x$"):
+            store.select("a/b")
+        assert store.select("a").data_spec == {"b": {"c": Y}}
+        assert store.select("a/b/x").data_spec == X
+
+    def test_of_classes_that_look_at_their_specs(self):
+        @dataclasses.dataclass
+        class Observed:
+            obs: Any
+
+            def __post_init__(self) -> None:
+                assert self.obs.shape[-1:] == (2,)
+
+        store = Storage({"now": Observed(Y), "reward": X}, 4)
+        part = store.select("now")
+        part.set(1, Observed(np.ones(2, np.float32)))
+        assert store.select("now/obs").get(1).tolist() == [1, 1]
+
     def test_of_several_with_their_keys(self):
         store = Storage({"a": {"b": X, "c": Y}, "d": X}, 4)
         assert store.select("a/c", "d").data_spec == {"a/c": Y, "d": X}

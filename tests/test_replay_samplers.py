@@ -250,12 +250,20 @@ class SamplersContract:
         buffer.update_priorities([7, 11, 16], np.zeros(3))
         assert_distributed(self.counts(buffer), np.where(chances == 0, 0.5, 1.5))
 
-    def test_nothing_but_priority_0_once_epsilon_is_0(self) -> None:
-        buffer = self.make(4, 6, sampler=Prioritized())
-        buffer.sampler.epsilon = 0
-        buffer.update_priorities(np.arange(2, 6), np.zeros(4))
-        with pytest.raises(ValueError, match="^no item has a priority above 0"):
-            buffer.sample(2)
+    @pytest.mark.parametrize("seed", range(5))
+    def test_candidates_of_hardly_any_priority(self, seed: int) -> None:
+        """Next to all of it is that of the newest items, which begin no window."""
+        buffer = self.make(107, 100, sampler=Prioritized(alpha=1.0), seed=seed)
+        buffer.update_priorities(np.arange(100), np.zeros(100))
+        buffer.extend(items(100, 107))
+        assert to_numpy(buffer.sample(32, num_steps=8).rows).max() < 100
+
+    def test_settings_that_the_priorities_depend_on_cannot_be_changed(self) -> None:
+        sampler = Prioritized(alpha=0.7, epsilon=0.1)
+        for name in ("alpha", "epsilon"):
+            with pytest.raises(AttributeError):
+                setattr(sampler, name, 0.5)
+        assert (sampler.alpha, sampler.epsilon) == (0.7, 0.1)
 
     def test_nothing_but_priority_0(self) -> None:
         buffer = self.make(4, 6, sampler=Prioritized(epsilon=0))

@@ -18,6 +18,7 @@ class TestFindRows:
         assert type(find_rows(np.int8(3), 10)) is int
         assert find_rows(slice(2, None), 10) == range(2, 10)
         assert find_rows(..., 10) == range(10)
+        assert find_rows(slice(3, None, 10**30), 10) == range(3, 4)
         assert find_rows(np.array([True, False]), 2).tolist() == [0]
         assert leading_shape(3) == ()
         assert leading_shape(range(4)) == (4,)

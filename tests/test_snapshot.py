@@ -5,7 +5,9 @@ import copy
 import dataclasses
 import itertools
 import json
+import subprocess
 import sys
+import textwrap
 import threading
 import tracemalloc
 import zlib
@@ -17,7 +19,7 @@ import pytest
 
 from anystore import ArraySpec, SnapshotError, Storage, load, select_backend
 from anystore.convert import to_numpy
-from anystore.snapshot import Snapshot, files, npy, progress, save_snapshot, writer
+from anystore.snapshot import Snapshot, files, manifest, npy, progress, save_snapshot, writer
 from anystore.snapshot.manifest import read_manifest
 from tests import stand_in
 from tests.items import SPEC, Pose, assert_same, batch, host, leaves
@@ -459,6 +461,41 @@ class TestIncremental:
         for each in (path, tmp_path / "other"):
             assert layers(each) == [10]
             assert_same(load(each, like=store).get(...), store.get(...))
+
+    def test_many_leaves_in_many_layers_are_written_whole(self, path, monkeypatch):
+        monkeypatch.setattr(manifest, "LARGEST", 60_000)
+        monkeypatch.setattr(writer, "_FILES", 300)
+        store = Storage({f"leaf {number}": ONE for number in range(30)}, 200)
+        for row in range(20):
+            store.set(row, {f"leaf {number}": np.full(2, row, np.int16) for number in range(30)})
+            store.save(path)
+        assert load(path).get(19)["leaf 7"].tolist() == [19, 19]
+
+    def test_a_process_that_is_forked_during_a_save_does_not_go_on_with_the_lock(self, path):
+        program = textwrap.dedent(
+            """
+            import os, sys
+            from anystore import ArraySpec, Storage
+            ends, children = os.pipe(), []
+
+            def progress(*_):
+                if not children:
+                    children.append(os.fork())
+                    if children[0] == 0:
+                        os.read(ends[0], 1)
+                        os._exit(0)
+
+            store = Storage(ArraySpec((), "int32"), 4)
+            store.set(0, 1)
+            store.save(sys.argv[1], progress=progress)
+            try:
+                store.save(sys.argv[1])
+            finally:
+                os.write(ends[1], b".")
+                os.waitpid(children[0], 0)
+            """
+        )
+        subprocess.check_call([sys.executable, "-c", program, str(path)])
 
     def test_a_failed_save_forgets_no_row(self, path):
         store = filled()

@@ -168,6 +168,10 @@ class TestToLibrary:
         torch = pytest.importorskip("torch")
         tensor = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64).conj()
         self.refuse(tensor, "numpy", "BufferError: .*")
+        negative = tensor.imag
+        assert negative.is_neg()
+        self.refuse(negative, "numpy", "it is the negative of what is in its memory")
+        assert to_library(negative, "numpy", copy=None).tolist() == [-2, 1]
         grown = torch.ones(3, requires_grad=True)
         self.refuse(grown, "numpy", "BufferError: .*")
 
@@ -176,6 +180,8 @@ class TestToLibrary:
         for array in (np.zeros(3, "S3"), np.zeros(3, "M8[ns]")):
             with pytest.raises(ValueError, match="^the item: torch cannot share the memory of this array: BufferError"):
                 to_library(array, "torch")
+            with pytest.raises(ValueError, match="^x: torch cannot hold .*"):
+                to_library({"x": array}, "torch", copy=True)
 
     def test_big_endian(self):
         pytest.importorskip("torch")

@@ -180,7 +180,7 @@ class Backend(ABC):
         return False
 
     def array(self, buffer: Buffer) -> Array:
-        """The live array of a buffer."""
+        """The live array of a buffer, as users may have it."""
         return buffer
 
     def as_rows(self, array: Array) -> Rows:

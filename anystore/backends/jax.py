@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -18,8 +20,6 @@ from anystore.backends.random import Random, refused, seed_sequence
 from anystore.convert import library_of, to_numpy
 from anystore.moves import leading_shape
 from anystore.rows import Rows, last_writes
-
-_TRACED = "a storage cannot be written to within jax.jit or another transformation of JAX"
 
 
 class _Cell:
@@ -75,9 +75,7 @@ class JaxBackend(Backend):
             native = np.dtype(jax.dtypes.canonicalize_dtype(dtype)) if dtype.isnative else None
         except TypeError:
             native = None
-        if native is None:
-            raise no_dtype("JAX", dtype)
-        if not _is_supported(dtype):
+        if native is None or not _is_supported(dtype):
             raise no_dtype("JAX", dtype)
         if native != dtype:
             raise no_dtype(
@@ -98,6 +96,8 @@ class JaxBackend(Backend):
             read: list[Array] = _read_slice(arrays, rows.start, len(rows))
         else:
             read = _read_rows(arrays, np.array(rows, np.intp))
+        if isinstance(read[0], jax.core.Tracer):
+            raise _traced("read")
         return read
 
     def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
@@ -116,17 +116,22 @@ class JaxBackend(Backend):
         # An array cannot be given away and read in one call.
         given = set(map(id, arrays))
         leaves = [jnp.copy(leaf) if id(leaf) in given else leaf for leaf in leaves]
+        write: Any
+        arguments: tuple[Any, ...]
         if type(rows) is int:
-            written = _write_slice(arrays, rows, leaves, 1)
+            write, arguments = _write_slice, (arrays, rows, leaves, 1)
         elif type(rows) is range and rows.step == 1:
-            written = _write_slice(arrays, rows.start, leaves, len(rows))
+            write, arguments = _write_slice, (arrays, rows.start, leaves, len(rows))
         else:
             index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
-            written = _write_rows(arrays, index, leaves, last_writes(index.reshape(-1)))
-        if isinstance(written[0], jax.core.Tracer):  # and then all of them are
-            raise TypeError(_TRACED)
-        for buffer, array in zip(buffers, written):
-            buffer.array = array
+            write, arguments = _write_rows, (arrays, index, leaves, last_writes(index.reshape(-1)))
+        # All in one call, in which no signal is handled: the old arrays are gone once the new ones are there.
+        successors = itertools.chain.from_iterable(itertools.starmap(write, [arguments]))
+        collections.deque(map(setattr, buffers, itertools.repeat("array"), successors), maxlen=0)
+        if isinstance(buffers[0].array, jax.core.Tracer):
+            for buffer, array in zip(buffers, arrays):
+                buffer.array = array
+            raise _traced("written to")
 
     def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
         lead = leading_shape(rows)
@@ -143,7 +148,7 @@ class JaxBackend(Backend):
 
     def bring(self, value: Any, dtype: np.dtype[Any]) -> Any:
         if isinstance(value, jax.core.Tracer):
-            raise TypeError(_TRACED)
+            raise _traced("written to")
         if library_of(value) == self.library:
             return self.move(value, dtype)
         # A copy for the same reason; the compiled update sends all leaves to the device at once.
@@ -247,6 +252,13 @@ def _draw_uniform(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def _draw_permutation(key: jax.Array, high: int) -> tuple[jax.Array, jax.Array]:
     following, own = _split(key)
     return following, jax.random.permutation(own, jnp.arange(high))
+
+
+def _traced(done: str) -> TypeError:
+    return TypeError(
+        f"a storage cannot be {done} within jax.jit or another transformation of JAX, which would do it once, when it "
+        "traces the function; hand over what is read as an argument"
+    )
 
 
 def _setting(name: str) -> Any:

@@ -68,6 +68,10 @@ class NumpyBackend(Backend):
     def inside(self, array: NDArray[Any], length: int) -> bool:
         return moves.all_inside(array, length) or super().inside(array, length)
 
+    def array(self, buffer: NDArray[Any]) -> NDArray[Any]:
+        # An array of its own, since users may give one another shape.
+        return buffer.view()
+
     def host_arrays(self, buffers: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         return list(buffers)
 

@@ -127,6 +127,10 @@ class TorchBackend(Backend):
             return torch.from_numpy(array).to(self._device).view(dtype)
         return torch.from_numpy(array).to(self._device)
 
+    def array(self, buffer: torch.Tensor) -> torch.Tensor:
+        # A tensor of its own, since users may have one require gradients.
+        return buffer.detach()
+
     def move(self, array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return array.detach().to(self._device, dtype)
 
@@ -226,7 +230,9 @@ class TorchHostBackend(TorchBackend):
         arrays = []
         for leaf, buffer in zip(leaves, buffers):
             if type(leaf) is torch.Tensor:
-                if leaf.dtype is not buffer.dtype or not leaf.is_cpu or leaf.requires_grad or leaf.is_sparse:
+                if leaf.dtype is not buffer.dtype or not leaf.is_cpu or leaf.requires_grad:
+                    return False
+                if leaf.layout is not torch.strided:
                     return False
                 leaf = _as_array(leaf)
             elif buffer.dtype not in _READ_BY_NUMPY:
@@ -249,11 +255,19 @@ class _HostTensors(list[torch.Tensor]):
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__(tensors)
-        self.arrays = [_as_array(tensor) for tensor in tensors]
+        self._arrays: list[NDArray[Any]] = []
+        self._addresses: list[int] = []
+
+    def arrays(self) -> list[NDArray[Any]]:
+        # torch moves the memory of a tensor and of all its views when one of them is sent to another process.
+        addresses = [tensor.data_ptr() for tensor in self]
+        if addresses != self._addresses:
+            self._addresses, self._arrays = addresses, [_as_array(tensor) for tensor in self]
+        return self._arrays
 
 
 def _arrays(buffers: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
-    return buffers.arrays if isinstance(buffers, _HostTensors) else [_as_array(buffer) for buffer in buffers]
+    return buffers.arrays() if type(buffers) is _HostTensors else [_as_array(buffer) for buffer in buffers]
 
 
 def _as_array(tensor: torch.Tensor) -> NDArray[Any]:

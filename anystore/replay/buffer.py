@@ -234,7 +234,7 @@ class ReplayBuffer:
 
     @property
     def sampler(self) -> Sampler:
-        """What draws the items; its settings may be changed, such as the `beta` of `Prioritized`."""
+        """What draws the items; the `beta` of `Prioritized` may be changed at any time, as the `newest` of `Recent`."""
         return self._sampler
 
     @property

@@ -47,6 +47,7 @@ class Draws:
         self._sampler = sampler
         self._random = random
         self._backend = backend
+        self._is_inside = _is_inside(type(sampler))
         self._nothing = backend.as_index(np.empty(0, np.intp))
         self.level = 0
 
@@ -59,7 +60,7 @@ class Draws:
             If none is, or not as many as are wanted without replacement.
         """
         sampler, xp = self._sampler, self._backend.xp
-        if sampler.inside and usable is None and not sampler.distinct:
+        if self._is_inside and usable is None and not sampler.distinct:
             return sampler.draw(count, items)
         if sampler.distinct and 2 * count > len(items):
             return self._draw_exactly(count, items, usable)
@@ -82,11 +83,12 @@ class Draws:
         return self._draw_exactly(count, items, usable)
 
     def _refuse_strangers(self, places: Array, items: range) -> None:
-        """Refuse a sampler that finds nothing but places that are none."""
-        if self._sampler.inside or not places.shape[0]:
+        """Refuse a sampler that finds nothing but places that are none, and does not say why that may be."""
+        if self._is_inside or type(self._sampler).chances is not Sampler.chances or not places.shape[0]:
             return
         found = to_numpy(places)
         if not ((found >= 0) & (found < len(items))).any():
+            self.level = 0
             raise ValueError(
                 f"expected places below {len(items)} from {type(self._sampler).__name__}.draw, found none among "
                 f"{len(found)}: {found[:3].tolist()}, ..."
@@ -103,7 +105,7 @@ class Draws:
 
     def _drawn(self, count: int, items: range) -> Array:
         places = self._sampler.draw(count, items)
-        if self._sampler.inside:
+        if self._is_inside:
             return places
         wrong = not is_array(places) or library_of(places) != library_of(self._nothing)
         if wrong or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
@@ -117,7 +119,7 @@ class Draws:
     def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
         """Which draws are of use."""
         xp = self._backend.xp
-        if self._sampler.inside:
+        if self._is_inside:
             good = xp.ones_like(places, dtype=xp.bool) if usable is None else usable(places)
         else:
             good = (places >= 0) & (places < len(items))
@@ -142,7 +144,10 @@ class Draws:
             good &= to_numpy(usable(every))
         places = np.flatnonzero(good)
         if len(places) == 0:
-            raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more")
+            raise ValueError(
+                f"none of {len(items)} items can be drawn, or begins such a window; add more, or have the sampler draw "
+                "from more"
+            )
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
         self._settle(count, float(min(1.0, chances[good].sum() / chances.sum())))
@@ -164,6 +169,11 @@ class Draws:
         sums = np.cumsum(chances, dtype=np.float64)
         drawn = np.searchsorted(sums, to_numpy(self._random.uniform(count)) * sums[-1], side="right")
         return np.asarray(np.minimum(drawn, length - 1), np.intp)
+
+
+def _is_inside(sampler: type[Sampler]) -> bool:
+    """What a class says of its own `draw`, and not what another says that it inherits from."""
+    return next(bool(vars(cls).get("inside")) for cls in sampler.__mro__ if "draw" in vars(cls))
 
 
 def _drawn_at(level: int, count: int) -> int:

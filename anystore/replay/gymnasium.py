@@ -231,7 +231,8 @@ class Recorder:
                 _with_rows(old, chosen, [new[lane, ...] for lane in chosen.tolist()])
                 for old, new in zip(self._obs, leaves)
             ]
-        broken = chosen[self._length[chosen] > 0]
+        # At first all: what is in the buffer already, of an earlier program or another environment, is over.
+        broken = self._all if self._obs is None else chosen[self._length[chosen] > 0]
         if broken.size:
             self.buffer.end_episode(broken)
         self._obs = [_copy(leaf) for leaf in leaves]

@@ -27,7 +27,8 @@ class Sampler(ABC):
     distinct : bool
         Whether a sample may hold an item once only. The buffer sees to it.
     inside : bool
-        Whether `draw` finds nothing but places in ``range(len(items))``, so that the buffer need not look.
+        Whether `draw` finds nothing but places in ``range(len(items))``, so that the buffer need not look. It is taken
+        from the class that defines `draw`.
 
     Notes
     -----
@@ -111,7 +112,9 @@ class Recent(Sampler):
     Parameters
     ----------
     newest : int
-        How many items; all of them while there are fewer.
+        How many items; all of them while there are fewer. Of windows of several lanes that are out of step, only the
+        newest items less one for each further step are left out of the count beforehand: let it be several times the
+        lanes then.
     replacement : bool, default True
         Whether a sample may hold an item more than once.
     """
@@ -138,7 +141,8 @@ class Prioritized(Sampler):
     Parameters
     ----------
     alpha : float, default 0.6
-        How much priorities count; 0 makes all items as likely.
+        How much priorities count; 0 makes all items as likely. It cannot be changed, nor can `epsilon`: the priorities
+        are kept to its power.
     beta : float, default 0.4
         How much of the bias the importance weights make up for, ``(1 / (n * chance)) ** beta``, scaled so that the
         largest of a sample is 1. An attribute that may be changed at any time, as annealing does.
@@ -162,8 +166,18 @@ class Prioritized(Sampler):
         for name, value in (("alpha", alpha), ("beta", beta), ("epsilon", epsilon)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"expected a finite {name} of 0 or more, found {value}")
-        self.alpha, self.beta, self.epsilon = alpha, beta, epsilon
+        self._alpha, self.beta, self._epsilon = alpha, beta, epsilon
         self.highest = 1.0
+
+    @property
+    def alpha(self) -> float:
+        """How much priorities count."""
+        return self._alpha
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to each priority."""
+        return self._epsilon
 
     def open(self, capacity: int, backend: Backend, random: Random) -> None:
         super().open(capacity, backend, random)
@@ -221,7 +235,7 @@ class Prioritized(Sampler):
         return {**settings, "highest": self.highest, "numbers": to_numpy(self._numbers(items))}
 
     def restore(self, state: dict[str, Any], items: range) -> None:
-        self.alpha, self.beta, self.epsilon = state["alpha"], state["beta"], state["epsilon"]
+        self._alpha, self.beta, self._epsilon = state["alpha"], state["beta"], state["epsilon"]
         self.highest = state["highest"]
         numbers = np.asarray(state["numbers"], self.backend.float_dtype)[-len(items) :]
         if items:

@@ -43,7 +43,8 @@ class SumTree:
         lengths = [_padded(capacity)]
         while lengths[-1] > WIDTH:
             lengths.append(_padded(lengths[-1] // WIDTH))
-        self._levels = [backend.allocate((length,), backend.float_dtype) for length in lengths]
+        self._dtype = backend.float_dtype
+        self._levels = [backend.allocate((length,), self._dtype) for length in lengths]
         self._host = None if compiled is None else backend.host_arrays(self._levels)
         self._places = backend.as_index(np.arange(WIDTH))
 
@@ -91,6 +92,7 @@ class SumTree:
     def set(self, rows: Array, numbers: Array) -> None:
         """Give rows these numbers; of several for one row the last one stays."""
         index = self._backend.as_rows(rows)
+        numbers = self._backend.xp.astype(numbers, self._backend.native_dtype(self._dtype), copy=False)
         self._backend.scatter([self._levels[0]], index, [numbers])
         if self._host is not None and compiled is not None:
             compiled.add_up(self._host, index)
@@ -104,7 +106,7 @@ class SumTree:
     def set_run(self, rows: range, number: float) -> None:
         """Give all rows of a run the same number, at a small part of what `set` would take for each."""
         xp = self._backend.xp
-        filling = self._backend.from_numpy(np.full((), number, self._backend.float_dtype))
+        filling = self._backend.from_numpy(np.full((), number, self._dtype))
         self._backend.scatter([self._levels[0]], rows, [filling])
         if self._host is not None and compiled is not None:
             compiled.add_up(self._host, np.arange(rows.start, rows.stop))

@@ -116,6 +116,10 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise SnapshotError(f"{path}: another process or thread is writing to this directory") from None
-        yield
+        try:
+            yield
+        finally:
+            # A process that was forked off meanwhile holds the same lock, until it ends.
+            fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)

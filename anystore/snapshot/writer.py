@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 
 _LAYERS = 64
-"""A storage that has so many layers is written whole."""
+_FILES = 1 << 15
+"""A storage that has so many layers, or so many files of layers, is written whole."""
 
 
 def save_snapshot(
@@ -136,7 +137,8 @@ def _plan(name: str, storage: Storage, entry: StorageEntry, old: Manifest | None
     if known and there is not None and not lent and there.spec == entry.spec:
         rows = _Rows.of(changes.mask)  # type: ignore[union-attr]  # known says that there are changes
         written = sum(layer.count for layer in there.layers[1:]) + rows.count
-        if written <= max(there.layers[0].count, 1) and len(there.layers) < _LAYERS:
+        most = min(_LAYERS, _FILES // (len(there.leaves) + 1))
+        if written <= max(there.layers[0].count, 1) and len(there.layers) < most:
             return there, rows
     return replace(entry, layers=()), _Rows(0, used_rows(storage))
 
