@@ -400,12 +400,15 @@ def first_row(batch: Any) -> Any:
 # Resets that the caller makes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("anew", [False, True], ids=["the same recorder", "a new one"])
 @pytest.mark.parametrize("layout", SHARED.values(), ids=SHARED)
 @pytest.mark.parametrize("mode", MODES)
-def test_an_episode_that_is_broken_off_is_marked_and_no_window_crosses_it(mode, layout):
+def test_an_episode_that_is_broken_off_is_marked_and_no_window_crosses_it(mode, layout, anew):
     env = vectorized(mode)
     recorder = Recorder(make_buffer(env, **layout), env)
     run(env, recorder, 3)  # all episodes go on then
+    if anew:
+        recorder = Recorder(recorder.buffer, env)
     recorder.reset(*env.reset())
     run(env, recorder, 20, begin=False)
     expected = model(mode, 3)

@@ -144,10 +144,8 @@ class Draws:
             good &= to_numpy(usable(every))
         places = np.flatnonzero(good)
         if len(places) == 0:
-            raise ValueError(
-                f"none of {len(items)} items can be drawn, or begins such a window; add more, or have the sampler draw "
-                "from more"
-            )
+            otherwise = "" if found is None else f", or have {type(self._sampler).__name__} draw from more"
+            raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more{otherwise}")
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
         self._settle(count, float(min(1.0, chances[good].sum() / chances.sum())))
