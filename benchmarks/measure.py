@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.subjects import BY_HAND, ENVIRONMENTS, Anystore, NumpyByHand, Subject, first
+from benchmarks.subjects import BY_HAND, ENVIRONMENTS, Anystore, NumpyByHand, NumpyInSmallPages, Subject, first
 from benchmarks.workloads import WORKLOADS, Workload
 
 ROUNDS = 9
 SECONDS = 0.02
 """How long a subject is timed in a round."""
 KEPT = 16
-FILL_ROUNDS = 3
+FILL_ROUNDS = 5
 MOST_TO_FILL = 100_000
 """Rows; the filling of larger stores is not timed, since some take half a minute for it."""
 
@@ -199,9 +199,10 @@ def measure(environment: str, names: list[str]) -> Figures:
     for name in names:
         workload = WORKLOADS[name]
         print(f"{environment}: {name}", file=sys.stderr)
+        filled = [Anystore, NumpyByHand, NumpyInSmallPages, *peers] if workload.capacity <= MOST_TO_FILL else []
         figures[name] = {
             **measure_workload(workload, kinds),
-            **(measure_filling(workload, [Anystore, NumpyByHand, *peers]) if workload.capacity <= MOST_TO_FILL else {}),
+            **(measure_filling(workload, filled) if filled else {}),
             "memory": {
                 kind.name: in_own_process(environment, "--workloads", name, "--memory-of", kind.name)
                 for kind in (Anystore, NumpyByHand, *peers)

@@ -49,7 +49,7 @@ def shown(value: float | None) -> str:
 
 def subjects_of(environments: dict[str, Figures]) -> dict[str, str]:
     """The environment that each subject's figures are taken from; anystore and NumPy by hand run in every one."""
-    found = {"anystore": "numpy", "NumPy by hand, take": "numpy"}
+    found = {"anystore": "numpy", "NumPy by hand, take": "numpy", "NumPy by hand, small pages": "numpy"}
     for environment, figures in environments.items():
         for workload in WORKLOADS:
             for measured in figures.get(workload, {}).get("set 1", {}), figures.get(workload, {}).get("get 256", {}):

@@ -7,13 +7,14 @@ before the clock starts; those that only sample rows of their own choice are ask
 from __future__ import annotations
 
 import math
+import mmap
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from anystore import Storage
+from anystore import ArraySpec, Storage
 from benchmarks.workloads import Batch, Workload
 
 
@@ -123,6 +124,20 @@ class NumpyTake(NumpyByHand):
 
     def get_rows(self, rows: Any) -> Batch:
         return {key: array.take(rows, 0) for key, array in self.arrays.items()}
+
+
+class NumpyInSmallPages(NumpyByHand):
+    """As where the system has no huge pages to give, or NumPy does not ask it for them."""
+
+    name = "NumPy by hand, small pages"
+
+    def __init__(self, workload: Workload) -> None:
+        self.arrays = {key: self._zeros(workload.capacity, spec) for key, spec in workload.spec.items()}
+
+    def _zeros(self, capacity: int, spec: ArraySpec) -> Any:
+        pages = mmap.mmap(-1, max(1, capacity * spec.nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        return np.frombuffer(pages, np.uint8)[: capacity * spec.nbytes].view(spec.dtype).reshape(capacity, *spec.shape)
 
 
 class TorchByHand(Subject):
