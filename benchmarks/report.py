@@ -23,7 +23,8 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin figures -->\n", "<!-- end figures -->\n"
 BASE = "NumPy by hand"
 OPERATIONS = ("set 1", "get 1", "set 64, a slice", "set 64, rows", "get 256", "get 256, kept", "get 256, out", "fill")
-IN_README = ("set 1", "get 1", "set 64, a slice", "get 256", "get 256, kept", "fill")
+IN_README = ("set 1", "get 1", "set 64, a slice", "get 256")
+DRAWN = (*IN_README, "get 256, kept", "fill")
 WORKLOADS = ("cartpole", "robot", "atari")
 
 Figures = dict[str, Any]
@@ -70,6 +71,20 @@ def table(environments: dict[str, Figures], workload: str, operations: tuple[str
     return "\n".join(lines)
 
 
+def short_table(environments: dict[str, Figures], workloads: list[str]) -> str:
+    """The same of all workloads at once, of the operations that matter most."""
+    lines = [f"| {' / '.join(IN_README)} | {' | '.join(workloads)} |", f"|---|{'---|' * len(workloads)}"]
+    for subject, environment in subjects_of(environments).items():
+        rows = [
+            [ratio(environments[environment], workload, operation, subject) for operation in IN_README]
+            for workload in workloads
+        ]
+        if any(cell is not None for row in rows for cell in row):
+            cells = [" / ".join(shown(cell) or "-" for cell in row) for row in rows]
+            lines.append(f"| {subject} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def memory_table(environments: dict[str, Figures]) -> str:
     """Resident memory of a full store against its payload, and the time of the import."""
     lines = [f"| resident memory against payload | {' | '.join(WORKLOADS)} | import |", "|---|---:|---:|---:|---:|"]
@@ -88,11 +103,11 @@ def memory_table(environments: dict[str, Figures]) -> str:
 def draw(environments: dict[str, Figures], path: Path) -> None:
     """Bars on a logarithmic scale: each operation on each workload, each subject against NumPy by hand."""
     subjects = subjects_of(environments)
-    figure, axes = plt.subplots(len(WORKLOADS), len(IN_README), figsize=(20, 13), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(len(WORKLOADS), len(DRAWN), figsize=(20, 13), sharey=True, layout="constrained")
     names = list(reversed(subjects))
     colors = ["#d1495b" if name.startswith("anystore") else "#8d99ae" for name in names]
     for row, workload in zip(axes, WORKLOADS, strict=True):
-        for axis, operation in zip(row, IN_README, strict=True):
+        for axis, operation in zip(row, DRAWN, strict=True):
             values = [ratio(environments[subjects[name]], workload, operation, name) for name in names]
             bars = axis.barh(names, [math.nan if value is None else value for value in values], color=colors, log=True)
             axis.bar_label(bars, [shown(value) for value in values], padding=2, fontsize=8)
@@ -147,12 +162,11 @@ def main() -> None:
     draw(environments, RESULTS / "side_by_side.png")
     if costs:
         draw_costs(costs, RESULTS / "costs.png")
-    in_readme = [table(environments, workload, IN_README) for workload in workloads]
     machine = environments["numpy"]["machine"]
     where = f"{machine['processor']}, {machine['cores']} cores, {environments['numpy']['date']}"
     intro = f"{about} Less is better; {where}. All figures: [benchmarks/results](benchmarks/results/results.md)."
     picture = "![Bars for each operation and workload](benchmarks/results/side_by_side.png)"
-    update_readme("\n\n".join([intro, *in_readme, picture]) + "\n")
+    update_readme("\n\n".join([intro, short_table(environments, workloads), picture]) + "\n")
 
 
 if __name__ == "__main__":
