@@ -52,18 +52,9 @@ def to_numpy(value: Any) -> NDArray[Any]:
     if type(value) is np.ndarray:
         return value
     try:
-        return _READERS.get(library_of(value), _read)(value)
+        return _READERS.get(library_of(value), np.asarray)(value)
     except Exception as error:
         raise TypeError(f"an array of type {type(value).__name__} cannot be read into NumPy: {error}") from error
-
-
-def _read(array: Any) -> NDArray[Any]:
-    return np.asarray(array)
-
-
-def _read_cupy(array: Any) -> NDArray[Any]:
-    host: NDArray[Any] = array.get()
-    return host
 
 
 def _read_torch(tensor: Any) -> NDArray[Any]:
@@ -77,13 +68,9 @@ def _read_torch(tensor: Any) -> NDArray[Any]:
     return np.asarray(tensor.view({1: torch.int8, 2: torch.int16}[dtype.itemsize])).view(dtype)
 
 
-def _read_strict(array: Any) -> NDArray[Any]:
-    # numpy.asarray reads from its CPU device only, DLPack from every one.
-    return np.from_dlpack(array)
-
-
 _READERS: dict[str, Callable[[Any], NDArray[Any]]] = {
-    "array_api_strict": _read_strict,
-    "cupy": _read_cupy,
+    # numpy.asarray reads from its CPU device only, DLPack from every one.
+    "array_api_strict": np.from_dlpack,
+    "cupy": lambda array: array.get(),
     "torch": _read_torch,
 }

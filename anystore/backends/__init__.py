@@ -28,7 +28,7 @@ _KNOWN = {
     "cupy": _Known("anystore.backends.cupy", "CupyBackend", "pip install 'anystore[cupy-cuda12x]' (or cupy-cuda13x)"),
     "torch": _Known("anystore.backends.torch", "TorchBackend", "pip install 'anystore[torch]'"),
     "jax": _Known("anystore.backends.jax", "JaxBackend", "pip install 'anystore[jax]'"),
-    "array_api_strict": _Known("anystore.backends.generic", "GenericBackend", "pip install array-api-strict"),
+    "array_api_strict": _Known("anystore.backends.generic", "StrictBackend", "pip install array-api-strict"),
 }
 
 
@@ -160,7 +160,7 @@ def _open(name: str, device: Any) -> Backend:
 def _make(name: str, device: Any) -> Backend:
     if name not in _KNOWN and not _is_namespace(name):
         raise ValueError(f"unknown backend {name!r}; there are: auto, {', '.join(_KNOWN)}")
-    if name not in _KNOWN or _KNOWN[name].backend == "GenericBackend":
+    if name not in _KNOWN:
         return GenericBackend(_import(name), device)
     backend: Backend = _class_of(name).open(device)
     return backend

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anystore import kernels, moves
 from anystore.backends.base import Array, Backend, no_dtype, parse_device, resolve_device
-from anystore.backends.random import Random, refused, seed_sequence
+from anystore.backends.random import Random, seed_sequence
 from anystore.convert import library_of, on_gpu, to_numpy
 from anystore.leaf_table import LeafTable, Record, RowsOfLaunch, first_of_run, sent_ahead
 from anystore.moves import basic_index, leading_shape
@@ -320,19 +320,13 @@ class CupyRandom(Random):
         with self._device:
             return self._generator.integers(high, size=count) if high else self._generator.random(count)
 
-    def integers(self, high: int, count: int) -> Array:
-        if high <= 0 or count < 0:
-            raise refused(high, count)
+    def _integers(self, high: int, count: int) -> Array:
         return self._draw(high, count)
 
-    def uniform(self, count: int) -> Array:
-        if count < 0:
-            raise refused(1, count)
+    def _uniform(self, count: int) -> Array:
         return self._draw(0, count)
 
-    def permutation(self, high: int) -> Array:
-        if high <= 0:
-            raise refused(high, 0)
+    def _permutation(self, high: int) -> Array:
         with self._device:
             return cupy.argsort(self._draw(0, high))
 

@@ -16,7 +16,7 @@ from jax import lax
 from numpy.typing import NDArray
 
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
-from anystore.backends.random import Random, refused, seed_sequence
+from anystore.backends.random import Random, seed_sequence
 from anystore.convert import library_of, to_numpy
 from anystore.moves import leading_shape
 from anystore.rows import Rows, last_writes
@@ -202,19 +202,13 @@ class JaxRandom(Random):
         self._device = device
         self._key = jax.device_put(seed_sequence(seed).generate_state(2, np.uint32), device)
 
-    def integers(self, high: int, count: int) -> jax.Array:
-        if high <= 0 or count < 0:
-            raise refused(high, count)
+    def _integers(self, high: int, count: int) -> jax.Array:
         return self._go_on(_draw_integers(self._key, high, count))
 
-    def uniform(self, count: int) -> jax.Array:
-        if count < 0:
-            raise refused(1, count)
+    def _uniform(self, count: int) -> jax.Array:
         return self._go_on(_draw_uniform(self._key, count))
 
-    def permutation(self, high: int) -> jax.Array:
-        if high <= 0:
-            raise refused(high, 0)
+    def _permutation(self, high: int) -> jax.Array:
         return self._go_on(_draw_permutation(self._key, high))
 
     def _go_on(self, drawn: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -36,7 +36,6 @@ class Random(ABC):
 
     kind: str
 
-    @abstractmethod
     def integers(self, high: int, count: int) -> Array:
         """`count` integers, each of those below `high` as likely as any other.
 
@@ -57,8 +56,9 @@ class Random(ABC):
         ValueError
             If `high` is not positive or `count` is negative; nothing is drawn then.
         """
+        _check(high, count)
+        return self._integers(high, count)
 
-    @abstractmethod
     def uniform(self, count: int) -> Array:
         """`count` numbers from [0, 1), which 1.0 is not one of.
 
@@ -72,8 +72,9 @@ class Random(ABC):
         ValueError
             If `count` is negative.
         """
+        _check(1, count)
+        return self._uniform(count)
 
-    @abstractmethod
     def permutation(self, high: int) -> Array:
         """The integers below `high` in random order.
 
@@ -87,6 +88,8 @@ class Random(ABC):
         ValueError
             If `high` is not positive.
         """
+        _check(high, 0)
+        return self._permutation(high)
 
     def state(self) -> dict[str, Any]:
         """All that the draws to come depend on, in strings, integers and lists, as JSON takes them."""
@@ -107,6 +110,15 @@ class Random(ABC):
             self._restore(state)
         except Exception as error:
             raise ValueError(f"this is no state of a generator of {self.kind}: {error!r}") from error
+
+    @abstractmethod
+    def _integers(self, high: int, count: int) -> Array: ...
+
+    @abstractmethod
+    def _uniform(self, count: int) -> Array: ...
+
+    @abstractmethod
+    def _permutation(self, high: int) -> Array: ...
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
@@ -138,11 +150,11 @@ def seed_sequence(seed: int | None) -> np.random.SeedSequence:
     return np.random.SeedSequence(number)
 
 
-def refused(high: int, count: int) -> ValueError:
-    """The error for integers that cannot be drawn."""
+def _check(high: int, count: int) -> None:
     if high <= 0:
-        return ValueError(f"there is no integer below {high} to draw; expected 1 or more to draw from")
-    return ValueError(f"expected 0 draws or more, found {count}")
+        raise ValueError(f"there is no integer below {high} to draw; expected 1 or more to draw from")
+    if count < 0:
+        raise ValueError(f"expected 0 draws or more, found {count}")
 
 
 class NumpyRandom(Random):
@@ -154,23 +166,17 @@ class NumpyRandom(Random):
         self._generator = np.random.Generator(np.random.PCG64(seed_sequence(seed)))
         self._float_dtype = float_dtype
 
-    def integers(self, high: int, count: int) -> NDArray[np.int64]:
-        if high <= 0 or count < 0:
-            raise refused(high, count)
+    def _integers(self, high: int, count: int) -> NDArray[np.int64]:
         if high > _SCALED:
             return self._generator.integers(high, size=count)
         # In half the time of Generator.integers. The product of a float64 below 1 and `high` is below `high`.
         return (self._generator.random(count) * high).astype(np.int64)
 
-    def uniform(self, count: int) -> NDArray[np.floating[Any]]:
-        if count < 0:
-            raise refused(1, count)
+    def _uniform(self, count: int) -> NDArray[np.floating[Any]]:
         drawn: NDArray[np.floating[Any]] = self._generator.random(count, self._float_dtype)
         return drawn
 
-    def permutation(self, high: int) -> NDArray[np.int64]:
-        if high <= 0:
-            raise refused(high, 0)
+    def _permutation(self, high: int) -> NDArray[np.int64]:
         return self._generator.permutation(high)
 
     def _state(self) -> dict[str, Any]:
@@ -201,13 +207,13 @@ class HostRandom(Random):
         # In the dtype in which it is returned: a float64 just below 1 would be rounded to 1.
         self._host = NumpyRandom(seed, backend.float_dtype)
 
-    def integers(self, high: int, count: int) -> Array:
+    def _integers(self, high: int, count: int) -> Array:
         return self._backend.as_index(self._host.integers(high, count))
 
-    def uniform(self, count: int) -> Array:
+    def _uniform(self, count: int) -> Array:
         return self._backend.from_numpy(self._host.uniform(count))
 
-    def permutation(self, high: int) -> Array:
+    def _permutation(self, high: int) -> Array:
         return self._backend.as_index(self._host.permutation(high))
 
     def _state(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from anystore import moves
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.numpy import zeros
-from anystore.backends.random import Random, refused, seed_sequence
+from anystore.backends.random import Random, seed_sequence
 from anystore.moves import basic_index
 from anystore.rows import Rows, last_writes
 from anystore.specs import is_extension
@@ -174,19 +174,13 @@ class TorchRandom(Random):
         self._generator = torch.Generator(device)
         self._generator.manual_seed(int(seed_sequence(seed).generate_state(1, np.uint64)[0]))
 
-    def integers(self, high: int, count: int) -> torch.Tensor:
-        if high <= 0 or count < 0:
-            raise refused(high, count)
+    def _integers(self, high: int, count: int) -> torch.Tensor:
         return torch.randint(high, (count,), generator=self._generator, dtype=torch.int64, device=self._device)
 
-    def uniform(self, count: int) -> torch.Tensor:
-        if count < 0:
-            raise refused(1, count)
+    def _uniform(self, count: int) -> torch.Tensor:
         return torch.rand(count, generator=self._generator, dtype=self._float_dtype, device=self._device)
 
-    def permutation(self, high: int) -> torch.Tensor:
-        if high <= 0:
-            raise refused(high, 0)
+    def _permutation(self, high: int) -> torch.Tensor:
         return torch.randperm(high, generator=self._generator, dtype=torch.int64, device=self._device)
 
     def _state(self) -> dict[str, Any]:
@@ -223,8 +217,7 @@ class TorchHostBackend(TorchBackend):
             tensor.copy_(leaf)
 
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
-        if not moves.scatter(_arrays(buffers), rows, [_as_array(leaf) for leaf in leaves]):
-            raise ValueError("the buffers are read-only; nothing was written")
+        moves.scatter(_arrays(buffers), rows, [_as_array(leaf) for leaf in leaves])
 
     def scatter_as_is(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Any]) -> bool:
         arrays = []

@@ -319,8 +319,10 @@ class Snapshot:
                 rows_of = self._rows(entry, layer, threads)
                 for path, file in self._leaves(entry, layer).items():
                     target = _Target(storage, path, moved)
-                    for piece, values in file.pieces(threads, target.place(layer)):
-                        target.put(rows_of(piece), values)
+                    place = target.place(layer)
+                    for piece, values in file.pieces(threads, place):
+                        if place is None:
+                            target.put(rows_of(piece), values)
                         bar.advance(values.nbytes)
         if moved is None and storage.capacity == entry.capacity and self.kind != "mapped":
             storage._track(Changes(self.id, name, entry.capacity))
@@ -362,10 +364,7 @@ class _Target:
         return lambda piece: buffer[start + piece.start : start + piece.stop]
 
     def put(self, rows: Any, values: NDArray[Any]) -> None:
-        """Write values to rows, unless they were read straight into them."""
-        (buffer,) = self._buffers
-        if isinstance(buffer, np.ndarray) and np.may_share_memory(values, buffer):
-            return
+        """Write values to rows."""
         if self._moved is None and isinstance(rows, range):
             rows = rows[: max(self._capacity - rows.start, 0)]
             values = values[: len(rows)]
