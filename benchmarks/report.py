@@ -109,6 +109,9 @@ def draw(environments: dict[str, Figures], path: Path) -> None:
     for row, workload in zip(axes, WORKLOADS, strict=True):
         for axis, operation in zip(row, DRAWN, strict=True):
             values = [ratio(environments[subjects[name]], workload, operation, name) for name in names]
+            if all(value is None for value in values):
+                axis.set_axis_off()
+                continue
             bars = axis.barh(names, [math.nan if value is None else value for value in values], color=colors, log=True)
             axis.bar_label(bars, [shown(value) for value in values], padding=2, fontsize=8)
             axis.axvline(1, color="black", linewidth=0.8)
