@@ -248,15 +248,18 @@ class _HostTensors(list[torch.Tensor]):
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__(tensors)
-        self._arrays: list[NDArray[Any]] = []
-        self._addresses: list[int] = []
+        self._found = self._find()
+
+    def _find(self) -> tuple[list[int], list[NDArray[Any]]]:
+        return [tensor.data_ptr() for tensor in self], [_as_array(tensor) for tensor in self]
 
     def arrays(self) -> list[NDArray[Any]]:
+        addresses, arrays = self._found
         # torch moves the memory of a tensor and of all its views when one of them is sent to another process.
-        addresses = [tensor.data_ptr() for tensor in self]
-        if addresses != self._addresses:
-            self._addresses, self._arrays = addresses, [_as_array(tensor) for tensor in self]
-        return self._arrays
+        if [tensor.data_ptr() for tensor in self] != addresses:
+            self._found = self._find()
+            _, arrays = self._found
+        return arrays
 
 
 def _arrays(buffers: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
