@@ -15,6 +15,7 @@ import numpy as np
 import anystore
 from anystore import ArraySpec, BackendInfo, Storage, available_backends, plan
 from anystore.convert import to_numpy
+from anystore.plan import as_count
 from anystore.snapshot.report import as_text, report
 
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a JSON file, JSON itself or - for standard input, with {'shape': [4], 'dtype': 'float32'} at each leaf; "
         "or the id of a Gymnasium environment, for its transitions",
     )
-    planner.add_argument("capacity", type=_capacity, help="the number of rows, such as 1_000_000")
+    planner.add_argument("capacity", type=_rows, help="the number of rows, such as 1_000_000")
     inspector = commands.add_parser("inspect", help="print what a snapshot or a memory-mapped storage holds")
     inspector.add_argument("path", help="the directory")
     inspector.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
@@ -155,11 +156,11 @@ def _of_environment(name: str) -> Any:
         env.close()
 
 
-def _capacity(text: str) -> int:
-    number = int(text.replace(",", ""))
-    if number < 1:
-        raise argparse.ArgumentTypeError("expected at least 1")
-    return number
+def _rows(text: str) -> int:
+    try:
+        return as_count("capacity", int(text.replace(",", "")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of rows, such as 1_000_000, found {text!r:.80}") from None
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ class ReplayContract:
                 buffer.extend(batch(np.arange(100, 100 + count)), lanes=named)
         with pytest.raises(ValueError, match=rf"expected an item of each of {lanes} lanes, found 1 items"):
             buffer.add(batch([100]))
-        with pytest.raises(ValueError, match="expected a batch, an axis of items in front of each leaf, found none in"):
+        with pytest.raises(ValueError, match="expected a batch, one axis of items .*, found none or more in"):
             buffer.extend(batch(100))
         self.assert_twins(buffer, twin)
 
@@ -493,6 +493,19 @@ class ReplayContract:
             assert storage() is None
         finally:
             gc.enable()
+
+    def test_a_mistake_in_the_options_of_batches_is_found_at_once(self) -> None:
+        buffer = self.make(4)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'nstep'"):
+            buffer.batches(2, nstep=3)
+        with pytest.raises(ValueError, match="expected batch_size to be an int of 1 or more, found -1"):
+            buffer.batches(-1)
+
+    def test_priorities_without_any_are_refused_whatever_is_there(self) -> None:
+        buffer = self.make(4)
+        for rows in ([], [0]):
+            with pytest.raises(TypeError, match="a Uniform sampler has no priorities to update; use Prioritized"):
+                buffer.update_priorities(np.asarray(rows, np.int64), np.ones(len(rows)))
 
     def test_numbers_that_come_round(self) -> None:
         """With a period as short as it can be: rows of twice as many items."""
@@ -823,7 +836,7 @@ class ReplayContract:
             ({"shared": {"next_obs": "obs"}}, "^'obs' is not in the spec; there are reward, terminated, truncated, x$"),
             ({"shared": {"next_obs": "x"}}, "^next_obs: expected ArraySpec.*, that of x, .* found no such leaf"),
             ({"shared": {"reward": "x"}}, "^reward: expected ArraySpec.*, that of x, which it is shared with, found "),
-            ({"stacks": {"y": 0}}, "^stacks: expected the path of a leaf that is stored, found 'y'$"),
+            ({"stacks": {"y": 0}}, "^stacks: expected the path of a leaf that is stored, found 'y', no such leaf$"),
             ({"stacks": {"x": 0}}, r"^x: expected an axis of a stack of shape \(\), found 0$"),
             ({"seed": -1}, "^expected a seed of 0 or more, found -1$"),
             ({"casting": "any"}, "^expected a casting among"),

@@ -449,7 +449,7 @@ class SharedContract:
                 {"shared": {"next_obs": "obs"}, "stacks": {"next_obs/camera": 0}},
                 "^stacks: expected the path of a leaf that is stored",
             ),
-            ({"stacks": {"obs": 0}}, "^stacks: expected the path of a leaf that is stored, found 'obs'$"),
+            ({"stacks": {"obs": 0}}, "^stacks: expected the path of a leaf that is stored, found 'obs', no such leaf$"),
             ({"stacks": {"obs/camera": 2}}, r"^obs/camera: expected an axis of a stack of shape \(4, 2\), found 2$"),
             ({"stacks": {"obs/camera": -3}}, r"^obs/camera: expected an axis of a stack of shape \(4, 2\), found -3$"),
             ({"stacks": {"action": 0}}, r"^action: expected an axis of a stack of shape \(\), found 0$"),

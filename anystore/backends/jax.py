@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -116,18 +116,16 @@ class JaxBackend(Backend):
         # An array cannot be given away and read in one call.
         given = set(map(id, arrays))
         leaves = [jnp.copy(leaf) if id(leaf) in given else leaf for leaf in leaves]
-        write: Any
-        arguments: tuple[Any, ...]
+        written: Iterator[list[jax.Array]]
         if type(rows) is int:
-            write, arguments = _write_slice, (arrays, rows, leaves, 1)
+            written = map(_write_slice, (arrays,), (rows,), (leaves,), (1,))
         elif type(rows) is range and rows.step == 1:
-            write, arguments = _write_slice, (arrays, rows.start, leaves, len(rows))
+            written = map(_write_slice, (arrays,), (rows.start,), (leaves,), (len(rows),))
         else:
             index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
-            write, arguments = _write_rows, (arrays, index, leaves, last_writes(index.reshape(-1)))
-        # All in one call, in which no signal is handled: the old arrays are gone once the new ones are there.
-        successors = itertools.chain.from_iterable(itertools.starmap(write, [arguments]))
-        collections.deque(map(setattr, buffers, itertools.repeat("array"), successors), maxlen=0)
+            written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index.reshape(-1)),))
+        # Written and kept in one call, in which no signal is handled: the old arrays are gone once there are new ones.
+        _exhaust(map(setattr, buffers, itertools.repeat("array"), itertools.chain.from_iterable(written)))
         if isinstance(buffers[0].array, jax.core.Tracer):
             for buffer, array in zip(buffers, arrays):
                 buffer.array = array
@@ -246,6 +244,9 @@ def _draw_uniform(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def _draw_permutation(key: jax.Array, high: int) -> tuple[jax.Array, jax.Array]:
     following, own = _split(key)
     return following, jax.random.permutation(own, jnp.arange(high))
+
+
+_exhaust = collections.deque[None](maxlen=0).extend
 
 
 def _traced(done: str) -> TypeError:

@@ -363,7 +363,10 @@ class ReplayBuffer:
                 yield path, int(shape[0])
         if not found:
             paths = ", ".join(map(label, self._nest.paths))
-            raise ValueError(f"expected a batch, an axis of items in front of each leaf, found none in {paths}")
+            raise ValueError(
+                "expected a batch, one axis of items in front of each leaf (for steps and lanes together), found none "
+                f"or more in {paths}"
+            )
 
     def _check_counts(self, batch: Any) -> None:
         """Refuse a batch whose leaves do not have the same number of items."""
@@ -400,7 +403,8 @@ class ReplayBuffer:
         """Save to the directory `path`, all or nothing, for `anystore.load` to go on from, with the very same draws.
 
         Saved again to the same path, what is written are the items that were added since, and in full what the
-        sampler keeps of each item (8 bytes, for `Prioritized`). The buffer is locked meanwhile.
+        sampler keeps of each item (8 bytes, for `Prioritized`). The buffer is locked meanwhile. What `batches` has
+        drawn ahead is not saved, and not drawn again.
 
         Parameters
         ----------
@@ -612,6 +616,7 @@ class ReplayBuffer:
         Batches
             An iterator of `Sample`.
         """
+        batch_size = as_count("batch_size", batch_size)
         return Batches(self, batch_size, prefetch=prefetch, to=to, copy=copy, count=count, **options)
 
     def update_priorities(self, rows: Array, priorities: Any) -> int:
@@ -646,7 +651,7 @@ class ReplayBuffer:
                 count = int(xp.sum(xp.astype(there, places.dtype), dtype=places.dtype))
                 chosen = backend.chosen(there)[:count]
                 places, values = xp.take(places, chosen, axis=0), xp.take(values, chosen, axis=0)
-            if count:
+            if count or type(self._sampler).update is Sampler.update:  # which refuses
                 self._sampler.update(self._ring.rows(places), values)
             return count
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import inspect
 import itertools
 import os
 import queue
@@ -57,6 +58,8 @@ class Batches(Iterator[Any]):
         If `prefetch` or `count` is no integer of 0 or more, or `to` is no library that is known.
     ImportError
         If the library is not installed.
+    TypeError
+        If `sample` takes no such options.
     RuntimeError
         From `next` in a process that was forked off when the thread was at work, which is left behind then.
 
@@ -102,6 +105,7 @@ class Batches(Iterator[Any]):
     ) -> None:
         prefetch = as_count("prefetch", prefetch, 0)
         turns = itertools.repeat(None) if count is None else itertools.repeat(None, as_count("count", count, 0))
+        inspect.signature(buffer.sample).bind(batch_size, **options)  # refuses what `sample` does not take, at once
         draw: Callable[[], Any] = functools.partial(buffer.sample, batch_size, **options)
         self._hand_over: Callable[[Any], Any] | None = None
         if to is not None:

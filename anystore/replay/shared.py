@@ -430,7 +430,8 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
         raise ValueError(f"expected each part to be shared with one other, found {dict(shared)}")
     for path, axis in stacks.items():
         if path not in specs or path in after.values():
-            raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}")
+            why = "no such leaf" if path not in specs else "which is shared, and a stack where the other is one"
+            raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}, {why}")
         shape = specs[path].shape
         if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
             raise TypeError(f"{label(path)}: expected the axis of a stack, an int, found {axis!r:.80}")

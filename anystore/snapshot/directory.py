@@ -38,7 +38,9 @@ def prepared(path: Path, kind: str, wait: bool = False) -> Iterator[Manifest | N
     with files.locked(path, wait):
         old = read_manifest(path / MANIFEST) if os.path.lexists(path / MANIFEST) else None
         if old is not None and old.kind != kind:
-            raise SnapshotError(f"{path}: expected a snapshot of kind {kind}, found one of {old.kind}")
+            raise SnapshotError(
+                f"{path}: expected a snapshot of kind {kind}, found one of {old.kind}; choose another directory"
+            )
         sweep(path)
         yield old
 
