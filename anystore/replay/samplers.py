@@ -112,9 +112,9 @@ class Recent(Sampler):
     Parameters
     ----------
     newest : int
-        How many items; all of them while there are fewer. Of windows of several lanes that are out of step, only the
-        newest items less one for each further step are left out of the count beforehand: let it be several times the
-        lanes then.
+        How many items; all of them while there are fewer. For windows, items that are too new to begin one are left
+        out first: one for each further step in each lane, but in all if the lanes are out of step. Let it be many times
+        the lanes then.
     replacement : bool, default True
         Whether a sample may hold an item more than once.
     """
