@@ -116,7 +116,7 @@ class Mapped:
         try:
             file.check()
         except FileNotFoundError:
-            raise SnapshotError(f"{file.path}: there is no such file, though the manifest names it") from None
+            raise files.gone(file.path) from None
         fd = os.open(file.path, (os.O_RDWR if self.mode == "r+" else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             access = mmap.PROT_READ | (mmap.PROT_WRITE if self.mode == "r+" else 0)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
@@ -519,16 +518,13 @@ class ReplayBuffer:
                     position += len(some)
                     some = some[some >= self._ring.items.start + oldest]
                     for test in tests if len(some) else ():
-                        some = some[to_numpy(test(self._places(some)))]
+                        some = some[to_numpy(test(self._ring.places_of(some)))]
                     chosen.extend(some)
                 if not chosen:
                     return
                 self._sampled += len(chosen)
-                sample = self._sample_of(self._places(np.asarray(chosen)), how)
+                sample = self._sample_of(self._ring.places_of(np.asarray(chosen)), how)
             yield sample
-
-    def _places(self, numbers: NDArray[np.int64]) -> Array:
-        return self._backend.as_index(numbers - self._ring.items.start)
 
     def _requirements(self, how: _How) -> tuple[int, list[Usable]]:
         """How many of the oldest items cannot be read, and what tells of others whether they are of use."""

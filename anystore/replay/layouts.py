@@ -102,11 +102,9 @@ class Plain:
         """
         if self._truncated is None:
             raise ValueError('no leaf says that an episode was broken off; give the spec a bool leaf "truncated"')
-        items = self._ring.items
         numbers = self._lanes.newest(lanes)
-        numbers = numbers[numbers >= items.start]
-        places = self._truncated.backend.as_index(numbers - items.start)
-        going_on = ~to_numpy(self.ends(places))
+        numbers = numbers[numbers >= self._ring.items.start]
+        going_on = ~to_numpy(self.ends(self._ring.places_of(numbers)))
         self._truncated.set(numbers[going_on] % self._ring.capacity, True)
 
     def readable(self, places: Array) -> Array:

@@ -79,6 +79,10 @@ class Ring:
         places = numbers - items.start % self.period
         return places % self.period if items.stop > self.period else places
 
+    def places_of(self, numbers: NDArray[np.int64]) -> Array:
+        """The same for numbers in main memory, as they are and not modulo the period."""
+        return self._backend.as_index(numbers - self.items.start)
+
     def in_order(self, leaf: Storage) -> NDArray[Any]:
         """A copy in main memory of what the storage of one leaf has for all items, oldest first."""
         items = self.items

@@ -100,6 +100,11 @@ def open_regular(path: Path) -> int:
     raise SnapshotError(f"{path}: expected a regular file, found a directory, a pipe or a device")
 
 
+def gone(path: Path | str) -> SnapshotError:
+    """The error for a file that a manifest names, and that is not there."""
+    return SnapshotError(f"{path}: there is no such file, though the manifest names it")
+
+
 @contextlib.contextmanager
 def locked(directory: Path, wait: bool = False) -> Iterator[None]:
     """In which no other process or thread writes to the directory; the lock of a process that died is gone with it.

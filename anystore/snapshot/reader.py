@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from anystore.nests import Nest, label
 from anystore.snapshot.changes import Changes
-from anystore.snapshot.files import SnapshotError
+from anystore.snapshot.files import SnapshotError, gone
 from anystore.snapshot.manifest import (
     MANIFEST,
     File,
@@ -104,7 +104,7 @@ def load(
             missing = error
             if Snapshot(path, version).id == snapshot.id or attempt == _TRIES - 1:
                 break
-    raise SnapshotError(f"{missing.filename}: there is no such file, though the manifest names it")
+    raise gone(missing.filename)
 
 
 def _replay_buffer(snapshot: Snapshot, **options: Any) -> Any:
@@ -265,14 +265,14 @@ class Snapshot:
         SnapshotError
             If the nest that is there has not the leaves that are expected.
         """
+        if expected is None:
+            return there, "numpy" if backend is None else backend
         from anystore.replay import ReplayBuffer
         from anystore.storage import Storage
 
         is_store = isinstance(expected, (Storage, ReplayBuffer))
         if backend is None:
             backend = expected.backend if is_store else "numpy"
-        if expected is None:
-            return there, backend
         return fitting(there, Nest(expected.data_spec if is_store else expected), self.path), backend
 
     def entry(self, name: str) -> StorageEntry:
