@@ -806,10 +806,63 @@ static PyObject *all_inside(PyObject *module, PyObject *const *arguments, Py_ssi
 }
 
 
+/* last_writes ------------------------------------------------------------------------------------------------------ */
+
+#define MOST_SLOTS_ON_STACK 1024
+
+/* The slot of a row in a table of 2^bits: one that holds it, or the empty one where it belongs. A slot holds the
+ * position of a row in `rows`, and one that is empty -1. */
+static inline npy_intp *slot_of(npy_intp row, npy_intp *slots, int bits, const npy_intp *rows)
+{
+    /* Multiplied by 2^64 over the golden ratio, neighbours are far apart. */
+    uint64_t slot = (uint64_t)row * 0x9E3779B97F4A7C15u >> (64 - bits);
+    while (slots[slot] >= 0 && rows[slots[slot]] != row)
+        slot = (slot + 1) & (((uint64_t)1 << bits) - 1);
+    return slots + slot;
+}
+
+static const char last_writes_doc[] =
+    "last_writes(rows) -> array or None\n\n"
+    "For each of the rows, a flat C-contiguous array of intp, the position of the last one that equals it; None if no\n"
+    "two are equal.";
+
+static PyObject *last_writes(PyObject *module, PyObject *argument)
+{
+    PyArrayObject *array = (PyArrayObject *)argument;
+    if (!PyArray_CheckExact(argument) || PyArray_TYPE(array) != NPY_INTP || !PyArray_ISCARRAY_RO(array) ||
+        PyArray_NDIM(array) != 1) {
+        PyErr_SetString(PyExc_TypeError, "expected a flat, C-contiguous array of intp");
+        return NULL;
+    }
+    npy_intp count = PyArray_SIZE(array), repeated = 0;
+    const npy_intp *rows = PyArray_DATA(array);
+    int bits = 1;
+    while (((npy_intp)1 << bits) < 2 * count)
+        bits++;
+    npy_intp on_stack[MOST_SLOTS_ON_STACK], *slots = on_stack;
+    size_t size = sizeof(npy_intp) << bits;
+    if (size > sizeof on_stack && (slots = PyMem_Malloc(size)) == NULL)
+        return PyErr_NoMemory();
+    memset(slots, -1, size);
+    for (npy_intp i = 0; i < count; i++) {
+        npy_intp *slot = slot_of(rows[i], slots, bits, rows);
+        repeated += *slot >= 0;
+        *slot = i;
+    }
+    PyObject *last = repeated ? PyArray_SimpleNew(1, &count, NPY_INTP) : Py_NewRef(Py_None);
+    for (npy_intp i = 0; repeated && last != NULL && i < count; i++)
+        ((npy_intp *)PyArray_DATA((PyArrayObject *)last))[i] = *slot_of(rows[i], slots, bits, rows);
+    if (slots != on_stack)
+        PyMem_Free(slots);
+    return last;
+}
+
+
 static PyMethodDef functions[] = {
     {"all_inside", (PyCFunction)(void (*)(void))all_inside, METH_FASTCALL, all_inside_doc},
     {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, gather_doc},
     {"gather_into", (PyCFunction)(void (*)(void))gather_into, METH_FASTCALL, gather_into_doc},
+    {"last_writes", last_writes, METH_O, last_writes_doc},
     {"scatter", (PyCFunction)(void (*)(void))scatter, METH_FASTCALL, scatter_doc},
     {"view_one", (PyCFunction)(void (*)(void))view_one, METH_FASTCALL, view_one_doc},
     {NULL, NULL, 0, NULL},

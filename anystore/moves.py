@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from anystore.specs import limits
 
-__all__ = ["all_inside", "gather", "gather_into", "scatter", "view_one"]
+__all__ = ["all_inside", "gather", "gather_into", "last_writes", "scatter", "view_one"]
 
 _NUMBERS = {bool: "b", int: "iu", float: "f"}
 """The kinds of dtype that a Python number of each class is written to as it is."""
@@ -43,6 +43,22 @@ def all_inside(index: NDArray[Any], capacity: int) -> bool:
     if index.dtype != np.intp or not index.flags.c_contiguous or index.ndim == 0:
         return False
     return index.size == 0 or bool(index.min() >= 0 and index.max() < capacity)
+
+
+def last_writes(rows: NDArray[np.intp]) -> NDArray[np.intp] | None:
+    """For each of the (flat) rows, the position of the last value that is written to it.
+
+    With ``values[last_writes(rows)]`` every write to a row writes the same value, so that the last one wins in
+    whatever order a library writes. None stands for "each row is there once".
+    """
+    order = np.argsort(rows, kind="stable")
+    changes = np.flatnonzero(np.diff(rows[order]))
+    ends = np.append(changes, rows.size - 1)  # of each run of equal rows
+    if ends.size >= rows.size:
+        return None
+    last = np.empty_like(order)
+    last[order] = np.repeat(order[ends], np.diff(ends, prepend=-1))
+    return last
 
 
 def gather(buffers: Sequence[NDArray[Any]], rows: Any) -> list[NDArray[Any]]:
@@ -119,4 +135,4 @@ def _apart(leaf: Any, buffers: Sequence[NDArray[Any]]) -> Any:
 
 
 with contextlib.suppress(ImportError):
-    from anystore._moves import all_inside, gather, gather_into, scatter, view_one
+    from anystore._moves import all_inside, gather, gather_into, last_writes, scatter, view_one

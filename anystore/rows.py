@@ -81,23 +81,6 @@ def find_rows(index: Any, capacity: int, backend: Backend | None = None) -> Rows
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__}: {index!r:.80}") from None
 
 
-def last_writes(rows: IndexArray) -> IndexArray | None:
-    """For each of the (flat) rows, the position of the last value that is written to it.
-
-    With ``values[last_writes(rows)]`` every write to a row writes the same value, so that the last one wins in
-    whatever order a library writes. None stands for "each row is there once".
-    """
-    ordered = np.sort(rows)
-    changes = ordered[1:] != ordered[:-1]
-    if changes.all():
-        return None
-    order = np.argsort(rows, kind="stable")  # which takes several times as long
-    ends = np.append(np.flatnonzero(changes), rows.size - 1)  # of each run of equal rows
-    last = np.empty_like(order)
-    last[order] = np.repeat(order[ends], np.diff(ends, prepend=-1))
-    return last
-
-
 def _inside(row: int, capacity: int) -> int:
     if 0 <= row < capacity:
         return row

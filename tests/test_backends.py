@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -237,6 +238,33 @@ class TestJax:
             """
         )
         assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[0, 1, 2, 7]\n"
+
+    def test_takes_another_array_on_the_memory_of_a_buffer(self, store):
+        """JAX, which is told that a write may reuse this memory, fails if the write reads it as well."""
+        import jax
+
+        twins = jax.tree.map(lambda array: array.addressable_data(0), store.buffers)
+        assert all(twins[key] is not array for key, array in store.buffers.items())
+        store.set([3, 2, 1, 0], twins)
+        assert store.get(...)["b"].tolist() == [3, 2, 1, 0]
+        assert all(array.is_deleted() for array in twins.values())
+
+    def test_takes_arrays_of_another_device(self):
+        pytest.importorskip("jax")
+        program = textwrap.dedent(
+            """
+            import jax
+            from anystore import ArraySpec, Storage
+            store = Storage(ArraySpec((2,), "float32"), 4, backend="jax", device="cpu:1")
+            for index, device in enumerate(jax.devices()):
+                store.set(index, jax.device_put(jax.numpy.full(2, index, "float32"), device))
+                store.set(slice(2, 4), jax.device_put(jax.numpy.full((2, 2), index, "float32"), device))
+            print(store.get(...).tolist(), store.buffers.devices() == {jax.devices()[1]})
+            """
+        )
+        environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        printed = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
+        assert printed == "[[0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]] True\n"
 
     def test_not_a_number_is_stored_whatever_jax_looks_for(self, store):
         import jax

@@ -182,6 +182,20 @@ class TestCompiled:
         for other in (np.array([1], np.int32), np.array([True]), np.array([1.0]), np.array(3)):
             assert moves.all_inside(other, 6) is PLAIN.all_inside(other, 6) is False
 
+    @given(st.lists(st.sampled_from([0, 1, 2, 3, 4, 2**40, 2**62]), max_size=20))
+    def test_last_writes(self, rows):
+        last = {row: position for position, row in enumerate(rows)}
+        expected = None if len(last) == len(rows) else [last[row] for row in rows]
+        for function in (moves.last_writes, PLAIN.last_writes):
+            found = function(np.array(rows, np.intp))
+            assert (None if found is None else found.tolist()) == expected
+
+    @pytest.mark.parametrize("count", [511, 512, 513, 100_000])
+    def test_last_writes_of_many_rows(self, count):
+        rows = np.random.default_rng(count).integers(0, count, count)
+        assert np.array_equal(moves.last_writes(rows), PLAIN.last_writes(rows))
+        assert moves.last_writes(np.unique(rows)) is None
+
     @pytest.mark.parametrize(
         ("function", "arguments"),
         [
@@ -198,6 +212,10 @@ class TestCompiled:
             ("scatter", ([1], 1, [1.0])),
             ("view_one", ([np.zeros(3)], "a")),
             ("all_inside", ([1], 3)),
+            ("last_writes", ([1, 2],)),
+            ("last_writes", (np.array([1, 2], np.int32),)),
+            ("last_writes", (np.array([1, 2, 3, 4], np.intp)[::2],)),
+            ("last_writes", (np.array([[1, 2]], np.intp),)),
         ],
     )
     def test_refuses_what_it_was_not_made_for(self, function, arguments):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anystore.moves import basic_index, leading_shape
-from anystore.rows import find_rows, last_writes
+from anystore.rows import find_rows
 
 
 class TestFindRows:
@@ -51,12 +51,3 @@ def test_a_basic_index_means_the_rows(capacity, index):
     buffer = np.arange(capacity)
     rows = find_rows(index, capacity)
     assert buffer[basic_index(rows)].tolist() == list(rows) == buffer[index].tolist()
-
-
-@given(st.lists(st.integers(0, 5), max_size=20))
-def test_last_writes(rows):
-    last = last_writes(np.array(rows, np.intp))
-    if last is None:
-        assert len(set(rows)) == len(rows)
-        return
-    assert last.tolist() == [max(i for i, other in enumerate(rows) if other == row) for row in rows]

@@ -19,8 +19,8 @@ from anystore.backends.base import Array, Backend, no_dtype, parse_device, resol
 from anystore.backends.random import Random, seed_sequence
 from anystore.convert import library_of, on_gpu, to_numpy
 from anystore.leaf_table import LeafTable, Record, RowsOfLaunch, first_of_run, sent_ahead
-from anystore.moves import basic_index, leading_shape
-from anystore.rows import Rows, last_writes, out_of_range
+from anystore.moves import basic_index, last_writes, leading_shape
+from anystore.rows import Rows, out_of_range
 from anystore.specs import as_dtype, is_extension
 from anystore.staging import Staging, copy_async
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -18,17 +19,19 @@ from numpy.typing import NDArray
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.random import Random, seed_sequence
 from anystore.convert import library_of, to_numpy
-from anystore.moves import leading_shape
-from anystore.rows import Rows, last_writes
+from anystore.moves import last_writes, leading_shape
+from anystore.rows import Rows
 
 
 class _Cell:
     """The place of an array that every write replaces by its successor."""
 
-    __slots__ = ("array", "dtype", "row_shape", "sharding")
+    __slots__ = ("array", "dtype", "lent", "row_shape", "sharding")
 
     def __init__(self, array: jax.Array) -> None:
         self.array = array
+        self.lent: jax.Array | None = None
+        """The array that was handed out last, which can come back as a value while it is the one of this place."""
         # The same for every successor, and JAX takes longer to tell them.
         self.dtype = array.dtype
         self.row_shape: tuple[int, ...] = array.shape[1:]
@@ -56,11 +59,12 @@ class JaxBackend(Backend):
         if isinstance(device, jax.Device):
             device = spell_device(device.platform, device.id)
         devices = self.devices()
-        if device is None and _setting("jax_default_device") is not None:
-            device = _setting("jax_default_device")
+        if device is None and _config.jax_default_device is not None:
+            device = _config.jax_default_device
             device = device if isinstance(device, str) else spell_device(device.platform, device.id)
         self.device = devices[0] if device is None else resolve_device(str(device), devices, "JAX")
         self._device = _existing()[self.device]
+        self._is_alone = len(devices) == 1
 
     @property
     def xp(self) -> ModuleType:
@@ -104,18 +108,10 @@ class JaxBackend(Backend):
         raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
-        if _setting("jax_debug_nans") or _setting("jax_debug_infs"):
-            # Their checks come after the update, when the old buffers are gone.
-            with jax.debug_nans(False), jax.debug_infs(False):
-                self._scatter(buffers, rows, leaves)
-        else:
-            self._scatter(buffers, rows, leaves)
-
-    def _scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         arrays = [buffer.array for buffer in buffers]
-        # An array cannot be given away and read in one call.
-        given = set(map(id, arrays))
-        leaves = [jnp.copy(leaf) if id(leaf) in given else leaf for leaf in leaves]
+        if any(map(operator.is_, arrays, [buffer.lent for buffer in buffers])):
+            # Memory cannot be given away and read in one call, and there may be other arrays on that of a buffer.
+            leaves = [jnp.copy(leaf) for leaf in leaves]
         written: Iterator[list[jax.Array]]
         if type(rows) is int:
             written = map(_write_slice, (arrays,), (rows,), (leaves,), (1,))
@@ -124,17 +120,27 @@ class JaxBackend(Backend):
         else:
             index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
             written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index.reshape(-1)),))
-        # Written and kept in one call, in which no signal is handled: the old arrays are gone once there are new ones.
-        _exhaust(map(setattr, buffers, itertools.repeat("array"), itertools.chain.from_iterable(written)))
+        if _config.jax_debug_nans or _config.jax_debug_infs:
+            # Their checks come after the update, when the old arrays are gone.
+            with jax.debug_nans(False), jax.debug_infs(False):
+                _keep(buffers, written)
+        else:
+            _keep(buffers, written)
         if isinstance(buffers[0].array, jax.core.Tracer):
-            for buffer, array in zip(buffers, arrays):
-                buffer.array = array
+            _keep(buffers, iter([arrays]))
             raise _traced("written to")
 
     def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
         lead = leading_shape(rows)
         for leaf, buffer in zip(leaves, buffers):
-            if not _fits(leaf, buffer, lead):
+            if type(leaf) is not type(buffer.array):
+                return False
+            aval = leaf.aval  # whose attributes take JAX less time than those of the array
+            if aval.dtype != buffer.dtype:
+                return False
+            if aval.shape != buffer.row_shape and aval.shape != lead + buffer.row_shape:
+                return False
+            if not self._is_alone and leaf.sharding != buffer.sharding:
                 return False
         self.scatter(buffers, rows, leaves)
         return True
@@ -159,6 +165,7 @@ class JaxBackend(Backend):
         return moved
 
     def array(self, buffer: _Cell) -> jax.Array:
+        buffer.lent = buffer.array
         return buffer.array
 
     def chosen(self, mask: jax.Array) -> jax.Array:
@@ -246,7 +253,17 @@ def _draw_permutation(key: jax.Array, high: int) -> tuple[jax.Array, jax.Array]:
     return following, jax.random.permutation(own, jnp.arange(high))
 
 
+_config: Any = jax.config  # whose types do not list the settings
 _exhaust = collections.deque[None](maxlen=0).extend
+
+
+def _keep(buffers: Sequence[_Cell], written: Iterator[list[jax.Array]]) -> None:
+    """Have the arrays that the one item of `written` is, once it is made, in place of those that it gives away.
+
+    All of it is one call, in which no signal is handled: an interrupt comes before the old arrays are gone or when the
+    new ones are kept.
+    """
+    _exhaust(map(setattr, buffers, itertools.repeat("array"), itertools.chain.from_iterable(written)))
 
 
 def _traced(done: str) -> TypeError:
@@ -256,11 +273,6 @@ def _traced(done: str) -> TypeError:
     )
 
 
-def _setting(name: str) -> Any:
-    """One of JAX's settings, which its types do not list."""
-    return getattr(jax.config, name)
-
-
 @functools.lru_cache(maxsize=64)
 def _is_supported(dtype: np.dtype[Any]) -> bool:
     try:
@@ -268,13 +280,6 @@ def _is_supported(dtype: np.dtype[Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _fits(leaf: Any, buffer: _Cell, lead: tuple[int, ...]) -> bool:
-    """Whether the leaf can be written to the rows of a buffer without being converted or moved."""
-    if type(leaf) is not type(buffer.array) or leaf.dtype != buffer.dtype or leaf.sharding != buffer.sharding:
-        return False
-    return leaf.shape in (lead + buffer.row_shape, buffer.row_shape)
 
 
 def _existing() -> dict[str, jax.Device]:

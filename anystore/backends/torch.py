@@ -18,8 +18,8 @@ from anystore import moves
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.numpy import zeros
 from anystore.backends.random import Random, seed_sequence
-from anystore.moves import basic_index
-from anystore.rows import Rows, last_writes
+from anystore.moves import basic_index, last_writes
+from anystore.rows import Rows
 from anystore.specs import is_extension
 
 _READ_BY_NUMPY = {

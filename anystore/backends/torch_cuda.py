@@ -16,8 +16,8 @@ from anystore.backends.base import Array
 from anystore.backends.torch import TorchBackend
 from anystore.convert import on_gpu, to_numpy
 from anystore.leaf_table import Record, RowsOfLaunch, pack, sent_ahead
-from anystore.moves import leading_shape
-from anystore.rows import Rows, last_writes, out_of_range
+from anystore.moves import last_writes, leading_shape
+from anystore.rows import Rows, out_of_range
 from anystore.specs import as_dtype
 
 
