@@ -66,6 +66,15 @@ class OnJax(OnABackend):
     floating, integer = "float32", "int32"
 
 
+class OnJaxAsOnADevice(OnJax):
+    """With JAX's own operations for places and chances too, as on a GPU, but on the CPU."""
+
+    @pytest.fixture(autouse=True)
+    def _opened(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        backend = importlib.import_module("anystore.backends.jax")
+        monkeypatch.setattr(backend.JaxBackend, "books_in_numpy", False)
+
+
 class OnJaxCuda(OnJax):
     device = "cuda:0"
 

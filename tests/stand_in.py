@@ -409,9 +409,9 @@ OPERATORS = (
     *("lt", "le", "gt", "ge", "eq", "ne", "neg", "invert", "abs"),
 )
 FUNCTIONS = (
-    *("all", "any", "argsort", "astype", "broadcast_to", "concat", "cumulative_sum", "exp", "full_like"),
-    *("isdtype", "isfinite", "log", "max", "maximum", "min", "minimum", "moveaxis", "nonzero", "ones_like"),
-    *("reshape", "searchsorted", "stack", "sum", "take", "where", "zeros_like"),
+    *("all", "any", "argsort", "astype", "broadcast_to", "concat", "count_nonzero", "cumulative_sum", "exp"),
+    *("full_like", "isdtype", "isfinite", "log", "max", "maximum", "min", "minimum", "moveaxis", "nonzero"),
+    *("ones_like", "reshape", "searchsorted", "stack", "sum", "take", "where", "zeros_like"),
 )
 """What the arrays and the namespace of array-api-compat offer to those who know no library by name."""
 

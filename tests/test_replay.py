@@ -20,6 +20,7 @@ from tests.on_backends import (
     OnACupyStandIn,
     OnCupy,
     OnJax,
+    OnJaxAsOnADevice,
     OnJaxCuda,
     OnNumpy,
     OnPlainNumpy,
@@ -781,8 +782,8 @@ class ReplayContract:
     @pytest.mark.parametrize("alpha", [1.0, 2.0])
     def test_priorities_without_a_finite_sum(self, alpha: float) -> None:
         """Each finite to the power of alpha or not, but not all of them together."""
-        largest = float(np.finfo(self.floating).max)
         buffer, twin = (self.filled(10, sampler=Prioritized(alpha=alpha)) for _ in range(2))
+        largest = float(np.finfo(buffer.sampler.backend.float_dtype).max)
         for priority in (largest / 2, largest / 9):
             with pytest.raises(
                 ValueError, match=f"^expected priorities whose sum, each to the power of alpha={alpha}, is finite"
@@ -1157,8 +1158,11 @@ class TestTorchAsOnADevice(OnTorchAsOnADevice, ReplayContract):
 
 
 class TestJax(OnJax, ReplayContract):
-    every_layout, every_count_of_lanes = ("shared stacks",), (2,)  # each takes long to compile
     test_samples_share_no_memory_with_the_buffer = None  # none can be written to
+
+
+class TestJaxAsOnADevice(OnJaxAsOnADevice, TestJax):
+    every_layout, every_count_of_lanes = ("shared stacks",), (2,)  # each takes long to compile
 
 
 class TestStrict(OnStrict, ReplayContract):

@@ -26,6 +26,7 @@ from tests.on_backends import (
     OnACupyStandIn,
     OnCupy,
     OnJax,
+    OnJaxAsOnADevice,
     OnNumpy,
     OnPlainNumpy,
     OnStrict,
@@ -371,6 +372,11 @@ class TestTorchAsOnADevice(OnTorchAsOnADevice, ModelContract):
 
 
 class TestJax(OnJax, ModelContract):
+    max_examples, steps = 15, 20
+    compiles = True
+
+
+class TestJaxAsOnADevice(OnJaxAsOnADevice, ModelContract):
     max_examples, steps = 5, 15
     compiles = True
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from anystore import ArraySpec
-from anystore.convert import to_numpy
+from anystore.convert import library_of, to_numpy
 from anystore.replay import Prioritized, Recent, ReplayBuffer, Sampler, Uniform
 from tests.on_backends import (
     OnACupyStandIn,
     OnCupy,
     OnJax,
+    OnJaxAsOnADevice,
     OnNumpy,
     OnPlainNumpy,
     OnStrict,
@@ -404,21 +405,35 @@ class SamplersContract:
                 return places(count, None)
 
         buffer = self.make(sampler=Odd())
-        with pytest.raises(
-            TypeError, match="^expected 4 places from Odd.draw, a flat array of integers of the buffer's lib"
-        ):
+        with pytest.raises(TypeError, match="^expected 4 places from Odd.draw, a flat array of integers, found "):
             buffer.sample(4)
 
-    def test_a_sampler_that_draws_an_array_of_another_library(self) -> None:
+    def test_a_sampler_that_draws_arrays_of_another_library(self) -> None:
         other = pytest.importorskip("torch" if self.make().backend.name != "torch" else "array_api_strict")
 
         class Odd(Sampler):
             def draw(self, count: int, items: range) -> Any:
-                return other.zeros(count, dtype=other.int64)
+                return other.full((count,), 3, dtype=other.int64)
 
         buffer = self.make(10, 10, sampler=Odd())
-        with pytest.raises(TypeError, match="^expected 4 places from Odd.draw, a flat array of integers of the buffer"):
-            buffer.sample(4)
+        assert to_numpy(buffer.sample(4).rows).tolist() == [3, 3, 3, 3]
+        assert library_of(buffer.sample(4).rows) == buffer.backend.library
+
+    def test_a_sampler_of_the_buffer_s_own_library(self) -> None:
+        """Whatever library places and chances are computed with."""
+
+        class Odd(Sampler):
+            def draw(self, count: int, items: range) -> Any:
+                return buffer.backend.as_index(np.full(count, 3))
+
+            def weights(self, places: Any, items: range) -> Any:
+                return buffer.backend.from_numpy(np.full(places.shape[0], 0.5, np.float32))
+
+        buffer = self.make(10, 10, sampler=Odd())
+        sample = buffer.sample(4)
+        for found, expected in ((sample.rows, [3] * 4), (sample.weights, [0.5] * 4)):
+            assert to_numpy(found).tolist() == expected
+            assert library_of(found) == buffer.backend.library
 
     def test_a_sample_is_no_view_of_what_a_sampler_drew(self) -> None:
         class Own(Sampler):
@@ -459,7 +474,7 @@ class SamplersContract:
 
         sampler = Told()
         buffer = self.make(4, 3, sampler=sampler)
-        assert (sampler.capacity, sampler.backend) == (4, buffer.backend)
+        assert (sampler.capacity, sampler.backend) == (4, buffer.backend.bookkeeping)
         buffer.add({"x": 3, "terminated": False})
         buffer.extend(items(4, 6))
         buffer.extend(items(6, 6))
@@ -497,6 +512,10 @@ class TestTorchAsOnADevice(OnTorchAsOnADevice, SamplersContract):
 
 
 class TestJax(OnJax, SamplersContract):
+    pass
+
+
+class TestJaxAsOnADevice(OnJaxAsOnADevice, SamplersContract):
     test_windows_where_there_are_next_to_none = None  # every size that is tried is compiled
     test_nothing_but_priority_0_among_windows = None
 

@@ -18,6 +18,7 @@ from tests.on_backends import (
     OnACupyStandIn,
     OnCupy,
     OnJax,
+    OnJaxAsOnADevice,
     OnNumpy,
     OnPlainNumpy,
     OnStrict,
@@ -512,7 +513,11 @@ class TestTorchCuda(OnTorchCuda, SharedContract):
     pass
 
 
-class TestJax(OnJax):
+class TestJax(OnJax, SharedContract):
+    pass
+
+
+class TestJaxAsOnADevice(OnJaxAsOnADevice):
     """The state machine and the contract of ReplayBuffer cover it; here what is left of the ends of the ring."""
 
     make, numbers_of = SharedContract.make, SharedContract.numbers_of

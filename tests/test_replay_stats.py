@@ -404,6 +404,10 @@ class TestJax(on.OnJax, ReplayBufferContract):
     pass
 
 
+class TestJaxAsOnADevice(on.OnJaxAsOnADevice, ReplayBufferContract):
+    pass
+
+
 @pytest.mark.gpu
 class TestJaxCuda(on.OnJaxCuda, ReplayBufferContract):
     pass

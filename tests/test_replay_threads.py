@@ -142,6 +142,10 @@ class TestJax(on.OnJax, ThreadsContract):
     rounds = 5  # it compiles for each length of what is written
 
 
+class TestJaxAsOnADevice(on.OnJaxAsOnADevice, TestJax):
+    pass
+
+
 @pytest.mark.gpu
 class TestJaxCuda(on.OnJaxCuda, ThreadsContract):
     pass

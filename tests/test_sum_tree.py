@@ -258,8 +258,8 @@ class TestCompiled:
     ) -> None:
         random, backend = np.random.default_rng(seed), select_backend("numpy")
         one, other = SumTree(capacity, backend), SumTree(capacity, backend)
-        assert one._host is not None
-        other._host = None
+        assert one._compiled is not None
+        other._compiled = None
         for _ in range(writes):
             rows = random.integers(0, capacity, random.integers(1, 50))
             numbers = {

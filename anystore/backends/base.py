@@ -53,6 +53,8 @@ class Backend(ABC):
     device: str
     has_views: bool = True
     """Whether memory can be shared with what `gather` returns."""
+    books_in_numpy: bool = False
+    """Whether `bookkeeping` is NumPy's: its arrays are in main memory, and small operations cost it a tenth."""
 
     @classmethod
     def open(cls, device: Any = None) -> Backend:
@@ -195,6 +197,10 @@ class Backend(ABC):
         """Whether each integer of a flat array is at least 0 and below `length`; on a device, this waits for it."""
         return bool(self.xp.all((array >= 0) & (array < length)))
 
+    def count(self, mask: Array) -> int:
+        """How many of a mask are set; on a device, this waits for it."""
+        return int(self.xp.count_nonzero(mask))
+
     def chosen(self, mask: Array) -> Array:
         """The positions where a flat mask is set; on a device, this waits for it.
 
@@ -208,9 +214,22 @@ class Backend(ABC):
         self.scatter([array], self.as_rows(places), [values])
         return array
 
-    def host_arrays(self, buffers: Sequence[Buffer]) -> list[NDArray[Any]] | None:
-        """NumPy arrays on the memory of the buffers, where there are such."""
-        return None
+    @property
+    def bookkeeping(self) -> Backend:
+        """What to compute places, chances and priorities with: this one, or NumPy if `books_in_numpy`."""
+        if not self.books_in_numpy:
+            return self
+        from anystore.backends import select_backend
+
+        return select_backend("numpy")
+
+    def to_bookkeeping(self, array: Array) -> Array:
+        """An array of this library as one of `bookkeeping`; it may share its memory."""
+        return to_numpy(array) if self.books_in_numpy else array
+
+    def from_bookkeeping(self, array: Array) -> Array:
+        """The other way round, in dtypes that the library has; it may share the memory of `array`."""
+        return self.from_numpy(array) if self.books_in_numpy else array
 
     def views(self, rows: Rows) -> bool:
         """Whether these rows of a buffer can be had without a copy."""
@@ -222,7 +241,7 @@ class Backend(ABC):
 
     def stream(self) -> AbstractContextManager[object]:
         """What another thread enters, once, to work on the stream that is current in this one."""
-        return contextlib.nullcontext()
+        return _no_stream
 
     def free_memory(self) -> int | None:
         """The bytes that can still be allocated on the device, or None if that cannot be told."""
@@ -235,6 +254,9 @@ class Backend(ABC):
         from anystore.backends import select_backend
 
         return select_backend, (self.name, self.device)
+
+
+_no_stream = contextlib.nullcontext()
 
 
 def no_dtype(library: str, dtype: np.dtype[Any], remedy: str = "choose another dtype or another backend") -> ValueError:

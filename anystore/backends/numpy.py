@@ -72,9 +72,6 @@ class NumpyBackend(Backend):
         # An array of its own, since users may give one another shape.
         return buffer.view()
 
-    def host_arrays(self, buffers: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        return list(buffers)
-
     def move(self, array: Array, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.asarray(array, dtype)
 

@@ -189,6 +189,41 @@ class NumpyRandom(Random):
         self._generator = np.random.Generator(generator)
 
 
+class BookkeepingRandom(Random):
+    """Draws of a backend's own generator, for its `bookkeeping` in NumPy.
+
+    Parameters
+    ----------
+    backend : Backend
+        Whose generator draws.
+    seed : int or None
+        What the draws follow from.
+    """
+
+    def __init__(self, backend: Backend, seed: int | None) -> None:
+        self._backend = backend
+        self._random = backend.random(seed)
+        self.kind = self._random.kind
+
+    def _integers(self, high: int, count: int) -> Array:
+        return self._taken(self._random._integers(high, count), np.int64)
+
+    def _uniform(self, count: int) -> Array:
+        return self._taken(self._random._uniform(count), np.float64)
+
+    def _permutation(self, high: int) -> Array:
+        return self._taken(self._random._permutation(high), np.int64)
+
+    def _taken(self, drawn: Array, dtype: Any) -> Array:
+        return self._backend.to_bookkeeping(drawn).astype(dtype, copy=False)
+
+    def _state(self) -> dict[str, Any]:
+        return self._random._state()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._random._restore(state)
+
+
 class HostRandom(Random):
     """Draws of NumPy's generator, moved to a backend whose library has no generator of its own.
 

@@ -18,6 +18,7 @@ from anystore import moves
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.numpy import zeros
 from anystore.backends.random import Random, seed_sequence
+from anystore.convert import to_numpy
 from anystore.moves import basic_index, last_writes
 from anystore.rows import Rows
 from anystore.specs import is_extension
@@ -27,6 +28,7 @@ _READ_BY_NUMPY = {
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),
 }
+_READ_BY_TORCH = {np.dtype(str(dtype).removeprefix("torch.")) for dtype in _READ_BY_NUMPY}
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -196,6 +198,18 @@ class TorchHostBackend(TorchBackend):
     torch would take its time for each leaf, several times that of the compiled moves for all of them.
     """
 
+    books_in_numpy = True
+
+    def from_numpy(self, array: NDArray[Any]) -> torch.Tensor:
+        if array.dtype in _READ_BY_TORCH and array.flags.carray:
+            return torch.from_numpy(array)
+        return super().from_numpy(array)
+
+    stream = Backend.stream
+
+    def to_bookkeeping(self, array: torch.Tensor) -> NDArray[Any]:
+        return array.numpy() if array.dtype in _READ_BY_NUMPY else to_numpy(array)
+
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
         # torch.zeros writes to every page.
         return _as_tensor(zeros(shape, dtype), self.native_dtype(dtype))
@@ -232,9 +246,6 @@ class TorchHostBackend(TorchBackend):
                 return False
             arrays.append(leaf)
         return moves.scatter(_arrays(buffers), rows, arrays)
-
-    def host_arrays(self, buffers: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
-        return _arrays(buffers)
 
 
 def _views(buffers: Sequence[torch.Tensor], rows: Any) -> list[torch.Tensor]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
-from anystore.convert import is_array, to_numpy
+from anystore.backends.random import BookkeepingRandom
+from anystore.convert import is_array, library_of, to_numpy
 from anystore.nests import Nest, label
 from anystore.plan import as_count
 from anystore.replay.draws import Draws, Usable
@@ -159,8 +160,9 @@ class ReplayBuffer:
         self._renew_lock()
         self._nest = Nest(data_spec)
         self._backend = select_backend(backend, device)
+        self._books = self._backend.bookkeeping
         self._ring = Ring(capacity, self._backend)
-        self._lanes = Lanes(lanes, self._ring, self._backend)
+        self._lanes = Lanes(lanes, self._ring, self._books)
         self._reward = self._find(reward, "reward", None)
         self._terminated = self._find(terminated, "terminated", "bool")
         self._truncated = self._find(truncated, "truncated", "bool")
@@ -182,14 +184,15 @@ class ReplayBuffer:
             self._layout = Shared(self._nest, self._ring, self._lanes, shared or {}, stacks or {}, *flags, options)
         else:
             self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, *flags)
-        self._windows = Windows(self._layout, self._ring, self._lanes, self._backend)
-        self._random = self._backend.random(seed)
+        self._windows = Windows(self._layout, self._ring, self._lanes, self._books)
+        in_numpy = self._backend.books_in_numpy
+        self._random = BookkeepingRandom(self._backend, seed) if in_numpy else self._backend.random(seed)
         self._sampler = Uniform() if sampler is None else sampler
         if not isinstance(self._sampler, Sampler):
             raise TypeError(f"expected a sampler, such as Prioritized(), found {sampler!r:.80}")
-        self._sampler.open(capacity, self._backend, self._random)
+        self._sampler.open(capacity, self._books, self._random)
         self._sampled = 0
-        self._draws = Draws(self._sampler, self._random, self._backend)
+        self._draws = Draws(self._sampler, self._random, self._books)
         self._meter = Meter()
         _there.add(self)
 
@@ -561,14 +564,19 @@ class ReplayBuffer:
 
     def _sample_of(self, places: Array, how: _How, weights: Array | None = None) -> Sample:
         """The items at these places, or what begins with them."""
-        rows = self._ring.numbers(places)
+        given = self._backend.from_bookkeeping
+        rows = given(self._ring.numbers(places))
+        if weights is not None and library_of(weights) != self._backend.library:
+            weights = given(weights)
         if how.n_step is not None:
             merged, discounts = self._merged(places, how.n_step, how.discount)
             return Sample(merged, rows, weights, discounts=discounts)
         if how.num_steps is None:
             return Sample(self._layout.read(places), rows, weights)
-        steps, mask = self._windows.steps(places, how.num_steps, how.at_end)
-        return Sample(self._layout.read(steps), rows, weights, mask if how.at_end == "pad" else None)
+        if how.at_end == "pad":
+            steps, mask = self._windows.padded(places, how.num_steps)
+            return Sample(self._layout.read(steps), rows, weights, given(mask))
+        return Sample(self._layout.read(self._windows.steps(places, how.num_steps)), rows, weights)
 
     def _merged(self, places: Array, n_step: int, discount: float) -> tuple[Any, Array]:
         """Items that stand for `n_step` steps each, and what the value after them counts."""
@@ -576,11 +584,14 @@ class ReplayBuffer:
             raise ValueError('n-step returns need a reward; name its leaf: ReplayBuffer(..., reward="path")')
         if self._terminated is None:
             raise ValueError('n-step returns need a bool leaf "terminated"; name it: ReplayBuffer(..., terminated=...)')
-        steps, mask = self._windows.steps(places, n_step, "pad")
+        given, taken = self._backend.from_bookkeeping, self._backend.to_bookkeeping
+        steps, mask = self._windows.padded(places, n_step)
         flags = tuple(path for path in (self._terminated, self._truncated) if path is not None)
         parts = self._layout.read(steps[:, -1], (*self._following, *flags))
-        rewards = self._layout.read(steps, (self._reward,))[self._reward]
-        parts[self._reward], discounts = self._windows.returns(rewards, mask, parts[self._terminated], discount)
+        rewards = taken(self._layout.read(steps, (self._reward,))[self._reward])
+        terminated = taken(parts[self._terminated])
+        returns, discounts = map(given, self._windows.returns(rewards, mask, terminated, discount))
+        parts[self._reward] = returns
         leaves = self._nest.flatten(self._layout.read(places))
         merged = [parts.get(path, leaf) for path, leaf in zip(self._nest.paths, leaves)]
         return self._nest.pack(merged), discounts
@@ -637,14 +648,14 @@ class ReplayBuffer:
         TypeError
             If the sampler has no priorities, or the rows are no integers.
         """
-        backend, xp = self._backend, self._backend.xp
+        backend, xp = self._books, self._books.xp
         with self.lock, self._backend.stream():
             numbers = self._as_numbers(rows)
             values = as_priorities(priorities, int(numbers.shape[0]), backend)
             places, count, size = self._ring.places(numbers), int(numbers.shape[0]), self.size
             if not backend.inside(places, size):
                 there = (places >= 0) & (places < size)
-                count = int(xp.sum(xp.astype(there, places.dtype), dtype=places.dtype))
+                count = backend.count(there)
                 chosen = backend.chosen(there)[:count]
                 places, values = xp.take(places, chosen, axis=0), xp.take(values, chosen, axis=0)
             if count or type(self._sampler).update is Sampler.update:  # which refuses
@@ -658,8 +669,8 @@ class ReplayBuffer:
             array = array.astype(np.intp)
         if len(array.shape) != 1 or as_dtype(array.dtype).kind not in "iu":
             raise TypeError(f"expected rows as in Sample.rows, a flat array of integers, found {rows!r:.80}")
-        brought = self._backend.bring(array, self._backend.index_dtype)
-        return self._backend.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
+        brought = self._books.bring(array, self._books.index_dtype)
+        return self._books.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
 
     def counts(self) -> Counts:
         """What `stats` are made of."""
@@ -700,7 +711,7 @@ class ReplayBuffer:
         with self.lock, self._backend.stream():
             if not isinstance(self._sampler, Prioritized):
                 raise TypeError(f"a {type(self._sampler).__name__} sampler has no priorities; use Prioritized")
-            return self._sampler.priorities(self._ring.items)
+            return self._backend.from_bookkeeping(self._sampler.priorities(self._ring.items))
 
 
 _there: weakref.WeakSet[ReplayBuffer] = weakref.WeakSet()

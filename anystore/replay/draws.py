@@ -35,7 +35,7 @@ class Draws:
     random : Random
         For the draws that it does not make itself.
     backend : Backend
-        Where the items are.
+        The bookkeeping of that of the items: what places are computed with.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class Draws:
                 self.level = 0
                 return places[:count]
             good = self._good(places, items, usable)
-            found = int(xp.sum(xp.astype(good, places.dtype), dtype=places.dtype))
+            found = self._backend.count(good)
             if found >= count:
                 self._settle(count, found / places.shape[0])
                 return xp.take(places, self._backend.chosen(good)[:count], axis=0)
@@ -107,12 +107,13 @@ class Draws:
         places = self._sampler.draw(count, items)
         if self._is_inside:
             return places
-        wrong = not is_array(places) or library_of(places) != library_of(self._nothing)
-        if wrong or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
+        if not is_array(places) or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
             raise TypeError(
-                f"expected {count} places from {type(self._sampler).__name__}.draw, a flat array of integers of the "
-                f"buffer's library, found {places!r:.80}"
+                f"expected {count} places from {type(self._sampler).__name__}.draw, a flat array of integers, found "
+                f"{places!r:.80}"
             )
+        if library_of(places) != library_of(self._nothing):
+            places = self._backend.as_index(to_numpy(places))
         # A copy, since it may be an array that the sampler goes on to use.
         return self._backend.xp.astype(places, self._nothing.dtype, copy=True)
 

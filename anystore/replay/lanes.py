@@ -32,7 +32,7 @@ class Lanes:
     ring : Ring
         The ring that their items are in.
     backend : Backend
-        Where the items are.
+        The bookkeeping of that of the items: what places are computed with.
     """
 
     def __init__(self, count: int, ring: Ring, backend: Backend) -> None:

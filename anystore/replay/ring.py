@@ -43,7 +43,7 @@ class Ring:
 
     def __init__(self, capacity: int, backend: Backend) -> None:
         self.capacity = capacity
-        self._backend = backend
+        self._backend = backend.bookkeeping
         most = int(np.iinfo(backend.index_dtype).max) + 1
         self.period = capacity * (most // capacity - 1) or capacity
         self.total = 0

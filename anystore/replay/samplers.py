@@ -29,6 +29,11 @@ class Sampler(ABC):
     inside : bool
         Whether `draw` finds nothing but places in ``range(len(items))``, so that the buffer need not look. It is taken
         from the class that defines `draw`.
+    backend : Backend
+        Whose arrays places, chances and priorities are: that of the buffer, or NumPy's for a buffer in main memory,
+        where other libraries take many times as long for so few numbers.
+    random : Random
+        Draws such arrays, by the generator of the buffer's library.
 
     Notes
     -----
@@ -42,14 +47,14 @@ class Sampler(ABC):
     random: Random
 
     def open(self, capacity: int, backend: Backend, random: Random) -> None:
-        """Make ready for a buffer of so many rows; `random` makes the draws, on the buffer's device."""
+        """Make ready for a buffer of so many rows."""
         if hasattr(self, "capacity"):
             raise ValueError(f"this {type(self).__name__} has a buffer already; give each buffer a sampler of its own")
         self.capacity, self.backend, self.random = capacity, backend, random
 
     @abstractmethod
     def draw(self, count: int, items: range) -> Array:
-        """Places of `count` items: a flat array of integers, on the device.
+        """Places of `count` items: a flat array of integers.
 
         The buffer draws again for those that are not in ``range(len(items))``, or that it cannot use.
         """

@@ -207,7 +207,7 @@ class _State:
         distances = None
         for name, entry in self._snapshot.manifest.storages.items():
             if name == "distances":
-                storage = distances = Storage(DISTANCES, buffer.capacity, backend=buffer.backend)
+                storage = distances = Storage(DISTANCES, buffer.capacity, backend=buffer.backend.bookkeeping)
             elif name in buffer._layout.storages:
                 storage = buffer._layout.storages[name]
             else:

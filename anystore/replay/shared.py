@@ -122,11 +122,12 @@ class Shared(Plain):
         stored = {path: frames.get(path, spec) for path, spec in nest.leaves.items() if path not in self._not_stored}
         super().__init__(Storage(stored, ring.capacity, **options), ring, lanes, terminated, truncated)
         self._records = 2 * lanes.count
-        self.storages["marks"] = Storage(_MARKS, ring.capacity, **options)
         self.storages["records"] = Storage(frames, self._records * self._depth, **options)
         # To convert whole items before they are taken apart; it holds nothing.
         self._whole_items = Storage(nest.data_spec, 1, **options)
         self._backend = self._whole_items.backend
+        self._books = self._backend.bookkeeping
+        self.storages["marks"] = Storage(_MARKS, ring.capacity, backend=self._books)
         self._kept_whole = set(stored) - {each.path for each in self._observations if each.axis is not None}
         self._forget()
 
@@ -292,7 +293,7 @@ class Shared(Plain):
     def every(self, path: str) -> NDArray[Any]:
         if path in self._kept_whole:
             return self._ring.in_order(self._select("items", path))
-        places = self._backend.as_index(np.arange(len(self._ring.items)))
+        places = self._books.as_index(np.arange(len(self._ring.items)))
         return to_numpy(self.read(places, (path,))[path])
 
     def readable(self, places: Array) -> Array:
@@ -301,7 +302,7 @@ class Shared(Plain):
         return begins | (depth == self._depth - 1)
 
     def read(self, places: Array, paths: tuple[str, ...] | None = None) -> Any:
-        flat = self._backend.xp.reshape(places, (-1,))
+        flat = self._books.xp.reshape(places, (-1,))
         wanted = self._nest.paths if paths is None else paths
         leaves = self._as_stored(tuple(path for path in wanted if path in self._kept_whole), flat)
         for each in self._observations:
@@ -333,7 +334,7 @@ class Shared(Plain):
 
         Where there are fewer, the last is repeated; how many there are, and whether that one is the episode's first.
         """
-        xp = self._backend.xp
+        xp = self._books.xp
         found = [places]
         begins = self._marks("begins", places)
         depth = xp.zeros_like(places)
@@ -355,7 +356,7 @@ class Shared(Plain):
         of_records : array of bool
             Which.
         """
-        xp = self._backend.xp
+        xp = self._books.xp
         found, depth, _ = self._older(places)
         followed = xp.astype(self._marks("record", places), places.dtype) * self._depth + (self._depth - 1)
         rows, of_records = [], []
@@ -370,18 +371,19 @@ class Shared(Plain):
 
     def _together(self, each: _Observation, rows: Array, of_records: Array) -> Array:
         """A batch of leaves, from the sources of the frames of the deepest stack."""
-        xp, backend = self._backend.xp, self._backend
+        xp, books, backend = self._books.xp, self._books, self._backend
         rows, of_records = rows[:, self._depth - each.frames :], of_records[:, self._depth - each.frames :]
         count = rows.shape[0]
         flat, from_records = xp.reshape(rows, (-1,)), xp.reshape(of_records, (-1,))
         in_ring = xp.where(from_records, xp.zeros_like(flat), flat)
-        index = KnownRows(backend.as_rows(in_ring), self._ring.capacity)
+        index = KnownRows(books.as_rows(in_ring), self._ring.capacity)
         frames = self._select("items", each.path).get(index)
-        chosen = backend.chosen(from_records)
+        chosen = backend.chosen(backend.from_bookkeeping(from_records))
         if chosen.shape[0]:
-            known = KnownRows(backend.as_rows(xp.take(flat, chosen, axis=0)), self._records * self._depth)
+            taken = xp.take(flat, backend.to_bookkeeping(chosen), axis=0)
+            known = KnownRows(books.as_rows(taken), self._records * self._depth)
             frames = backend.put(frames, chosen, self._select("records", each.path).get(known))
-        return each.together(xp.reshape(frames, (count, each.frames, *frames.shape[1:])), xp)
+        return each.together(backend.xp.reshape(frames, (count, each.frames, *frames.shape[1:])), backend.xp)
 
 
 class _Parts(NamedTuple):

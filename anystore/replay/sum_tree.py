@@ -16,7 +16,6 @@ import numpy as np
 
 from anystore.backends import Backend
 from anystore.backends.base import Array
-from anystore.convert import to_numpy
 
 WIDTH = 16
 
@@ -45,7 +44,7 @@ class SumTree:
             lengths.append(_padded(lengths[-1] // WIDTH))
         self._dtype = backend.float_dtype
         self._levels = [backend.allocate((length,), self._dtype) for length in lengths]
-        self._host = None if compiled is None else backend.host_arrays(self._levels)
+        self._compiled = compiled if isinstance(self._levels[0], np.ndarray) else None
         self._places = backend.as_index(np.arange(WIDTH))
 
     @property
@@ -76,8 +75,8 @@ class SumTree:
         array of integers, of shape (count,)
             Rows whose number is greater than 0, as long as there is any.
         """
-        if self._host is not None and compiled is not None:
-            return self._backend.from_numpy(compiled.find(self._host, to_numpy(uniforms)))
+        if self._compiled is not None:
+            return self._compiled.find(self._levels, uniforms)
         nodes = None
         for level, draws in zip(reversed(self._levels), [uniforms[step, ...] for step in range(self.depth)]):
             blocks = self._block(level, nodes, draws.shape[0])
@@ -94,8 +93,8 @@ class SumTree:
         index = self._backend.as_rows(rows)
         numbers = self._backend.xp.astype(numbers, self._backend.native_dtype(self._dtype), copy=False)
         self._backend.scatter([self._levels[0]], index, [numbers])
-        if self._host is not None and compiled is not None:
-            compiled.add_up(self._host, index)
+        if self._compiled is not None:
+            self._compiled.add_up(self._levels, index)
             return
         nodes = rows
         for below, level in zip(self._levels, self._levels[1:]):
@@ -108,8 +107,8 @@ class SumTree:
         xp = self._backend.xp
         filling = self._backend.from_numpy(np.full((), number, self._dtype))
         self._backend.scatter([self._levels[0]], rows, [filling])
-        if self._host is not None and compiled is not None:
-            compiled.add_up(self._host, np.arange(rows.start, rows.stop))
+        if self._compiled is not None:
+            self._compiled.add_up(self._levels, np.arange(rows.start, rows.stop))
             return
         for below, level in zip(self._levels, self._levels[1:]):
             rows = range(rows.start // WIDTH, (rows.stop - 1) // WIDTH + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ class Windows:
         self._ring = ring
         self._lanes = lanes
         self._backend = backend
+        self._strides = functools.cache(functools.partial(_strides, lanes.count, backend))
 
     def beginning(self, num_steps: int, at_end: str) -> Callable[[Array], Array] | None:
         """What tells which items begin a window that can be drawn; None if all do."""
@@ -45,20 +47,22 @@ class Windows:
 
         return begins
 
-    def steps(self, places: Array, num_steps: int, at_end: str) -> tuple[Array, Array]:
-        """The places of windows, and which of their steps are real, both of shape (count, num_steps).
+    def steps(self, places: Array, num_steps: int) -> Array:
+        """The places of windows all of whose steps are there, of shape (count, num_steps)."""
+        in_step = self._lanes.in_step
+        steps = self._strided(places, num_steps) if in_step else self._follow(places, num_steps)[0]
+        return steps.T
 
-        The places of the others are that of the last real one.
+    def padded(self, places: Array, num_steps: int) -> tuple[Array, Array]:
+        """The places of windows up to the ends of episodes, and which of their steps are real.
+
+        Both are of shape (count, num_steps). The places of the others are that of the last real one.
         """
         xp = self._backend.xp
         steps, there = self._follow(places, num_steps)
-        if at_end == "pad" and num_steps > 1:
-            ends = ~there[1:, :]
-            if self._layout.knows_ends:
-                within = xp.minimum(steps[:-1, :], xp.full_like(places, len(self._ring.items) - 1))
-                ends = ends | self._layout.ends(within)
+        if num_steps > 1:
             # Places grow along a window, so that the first of its ends is the least.
-            last = xp.min(xp.where(ends, steps[:-1, :], steps[-1:, :]), axis=0)
+            last = xp.min(xp.where(self._layout.ends(steps[:-1, :]), steps[:-1, :], steps[-1:, :]), axis=0)
             there = there & (steps <= last)
             steps = xp.minimum(steps, last)
         return steps.T, there.T
@@ -83,12 +87,14 @@ class Windows:
         """The places of the items from each one on, and which of them are there, both of shape (num_steps, count).
 
         In this order since what follows looks along the windows, and across the rows of an array is quicker. Where no
-        item is there, the place is beyond the newest, or once more the one before.
+        item is there, the place is once more the one before.
         """
         xp = self._backend.xp
         if self._lanes.in_step:
+            newest = len(self._ring.items) - 1
+            newest_of_lane = newest - (newest - places) % self._lanes.count
             steps = self._strided(places, num_steps)
-            return steps, steps < len(self._ring.items)
+            return xp.minimum(steps, newest_of_lane), steps <= newest_of_lane
         found, there = [places], [places >= 0]
         for _ in range(num_steps - 1):
             after, is_there = self._lanes.ahead(found[-1])
@@ -98,8 +104,12 @@ class Windows:
 
     def _strided(self, places: Array, num_steps: int) -> Array:
         """The same places for lanes in step, whether items are there or not."""
-        strides = self._backend.as_index(np.arange(num_steps) * self._lanes.count)
-        return strides[:, None] + places[None, :]
+        return self._strides(num_steps) + places[None, :]
 
     def _native(self, name: str) -> Any:
         return self._backend.native_dtype(np.dtype(name))
+
+
+def _strides(lanes: int, backend: Backend, num_steps: int) -> Array:
+    """How many places further on each step of a window is, of shape (num_steps, 1)."""
+    return backend.as_index(np.arange(num_steps) * lanes)[:, None]
