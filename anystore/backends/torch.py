@@ -199,16 +199,15 @@ class TorchHostBackend(TorchBackend):
     """
 
     books_in_numpy = True
+    stream = Backend.stream  # there is none but the one
 
     def from_numpy(self, array: NDArray[Any]) -> torch.Tensor:
         if array.dtype in _READ_BY_TORCH and array.flags.carray:
             return torch.from_numpy(array)
         return super().from_numpy(array)
 
-    stream = Backend.stream
-
     def to_bookkeeping(self, array: torch.Tensor) -> NDArray[Any]:
-        return array.numpy() if array.dtype in _READ_BY_NUMPY else to_numpy(array)
+        return _as_array(array) if array.dtype in _READ_BY_NUMPY else to_numpy(array)
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
         # torch.zeros writes to every page.
@@ -231,17 +230,18 @@ class TorchHostBackend(TorchBackend):
             tensor.copy_(leaf)
 
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
-        moves.scatter(_arrays(buffers), rows, [_as_array(leaf) for leaf in leaves])
+        moves.scatter(_arrays(buffers), rows, [_as_array(leaf.resolve_conj().resolve_neg()) for leaf in leaves])
 
     def scatter_as_is(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Any]) -> bool:
         arrays = []
         for leaf, buffer in zip(leaves, buffers):
             if type(leaf) is torch.Tensor:
-                if leaf.dtype is not buffer.dtype or not leaf.is_cpu or leaf.requires_grad:
+                if leaf.dtype is not buffer.dtype:
                     return False
-                if leaf.layout is not torch.strided:
+                try:
+                    leaf = _as_array(leaf)
+                except (RuntimeError, TypeError):  # which another path takes, or refuses
                     return False
-                leaf = _as_array(leaf)
             elif buffer.dtype not in _READ_BY_NUMPY:
                 return False
             arrays.append(leaf)
@@ -278,16 +278,19 @@ def _arrays(buffers: Sequence[torch.Tensor]) -> list[NDArray[Any]]:
 
 
 def _as_array(tensor: torch.Tensor) -> NDArray[Any]:
-    """A NumPy array on the memory of the tensor: of its dtype, or of integers if NumPy lacks that."""
-    if tensor.dtype not in _READ_BY_NUMPY:
-        tensor = tensor.contiguous().view(_BITS[tensor.itemsize])
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    array: NDArray[Any] = tensor.numpy()
+    """A NumPy array on the memory of the tensor: of its dtype, or of integers if NumPy lacks that.
+
+    Raises
+    ------
+    RuntimeError, TypeError
+        If the tensor is lazily negated or conjugated, sparse, on another device, or requires gradients.
+    """
+    array: NDArray[Any] = (tensor if tensor.dtype in _READ_BY_NUMPY else tensor.view(_BITS[tensor.itemsize])).numpy()
     return array
 
 
 def _as_tensor(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """A tensor of this dtype on the memory of the array, which has the dtype or integers in its place."""
-    tensor = torch.from_numpy(array.view(f"i{array.itemsize}") if is_extension(array.dtype) else array)
-    return tensor if tensor.dtype is dtype else tensor.view(dtype)
+    if dtype in _READ_BY_NUMPY:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(f"i{array.itemsize}")).view(dtype)
