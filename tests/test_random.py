@@ -218,6 +218,20 @@ class TestJax(RandomContract):
         with jax.default_prng_impl("rbg"):
             assert draws(self.make()) == expected
 
+    @pytest.mark.parametrize("high", [1, 2, 1000, 65_537, 2**31 - 1, 2**31])
+    def test_integers_are_scaled_from_64_bits(self, high):
+        import jax
+
+        random = self.make(5)
+        _, own = jax.random.split(jax.random.wrap_key_data(random._key, impl="threefry2x32"))
+        upper, lower = np.asarray(jax.random.bits(own, (2, 500), np.uint32)).tolist()
+        expected = [(((one << 32) + other) * high) >> 64 for one, other in zip(upper, lower)]
+        assert to_numpy(random.integers(high, 500)).tolist() == expected
+
+    def test_more_integers_than_32_bits_count(self):
+        with pytest.raises(OverflowError):
+            self.make().integers(2**31 + 1, 3)
+
     def test_with_64_bits(self):
         jax = importlib.import_module("jax")
         narrow = draws(self.make())

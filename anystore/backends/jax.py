@@ -217,7 +217,9 @@ class JaxRandom(Random):
         self._key = jax.device_put(seed_sequence(seed).generate_state(2, np.uint32), device)
 
     def _integers(self, high: int, count: int) -> jax.Array:
-        return self._go_on(_draw_integers(self._key, high, count))
+        if high > 2**31:
+            return self._go_on(_draw_large_integers(self._key, high, count))
+        return self._go_on(_draw_integers(self._key, np.uint32(high), count))
 
     def _uniform(self, count: int) -> jax.Array:
         return self._go_on(_draw_uniform(self._key, count))
@@ -246,6 +248,24 @@ def _split(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _draw_integers(key: jax.Array, high: Any, count: int) -> tuple[jax.Array, jax.Array]:
+    """64 random bits times `high`, without the lower 64 bits of the product: a quarter of the time of a remainder."""
+    following, own = _split(key)
+    upper, lower = jax.random.bits(own, (2, count), np.uint32)
+    whole, rest = _product(upper, high)
+    drawn: jax.Array = whole + (rest + _product(lower, high)[0] < rest)  # with what the lower half carries
+    return following, drawn.astype(jax.dtypes.canonicalize_dtype(np.int64))
+
+
+def _product(one: jax.Array, other: Any) -> tuple[jax.Array, jax.Array]:
+    """The upper and the lower 32 bits of the product of unsigned integers of 32 bits, by halves of these."""
+    half, mask = np.uint32(16), np.uint32(0xFFFF)
+    first = (one >> half) * (other & mask) + ((one & mask) * (other & mask) >> half)
+    second = (one & mask) * (other >> half) + (first & mask)
+    return (one >> half) * (other >> half) + (first >> half) + (second >> half), one * other
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draw_large_integers(key: jax.Array, high: Any, count: int) -> tuple[jax.Array, jax.Array]:
     following, own = _split(key)
     return following, jax.random.randint(own, (count,), 0, high, jax.dtypes.canonicalize_dtype(np.int64))
 
