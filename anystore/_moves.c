@@ -814,8 +814,9 @@ static PyObject *all_inside(PyObject *module, PyObject *const *arguments, Py_ssi
  * position of a row in `rows`, and one that is empty -1. */
 static inline npy_intp *slot_of(npy_intp row, npy_intp *slots, int bits, const npy_intp *rows)
 {
-    /* Multiplied by 2^64 over the golden ratio, neighbours are far apart. */
-    uint64_t slot = (uint64_t)row * 0x9E3779B97F4A7C15u >> (64 - bits);
+    /* Two multipliers of SplitMix64: with one alone, there are strides whose rows are all neighbours. */
+    uint64_t mixed = (uint64_t)row * 0x9E3779B97F4A7C15u;
+    uint64_t slot = (mixed ^ mixed >> 32) * 0xBF58476D1CE4E5B9u >> (64 - bits);
     while (slots[slot] >= 0 && rows[slots[slot]] != row)
         slot = (slot + 1) & (((uint64_t)1 << bits) - 1);
     return slots + slot;

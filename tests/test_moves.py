@@ -190,6 +190,12 @@ class TestCompiled:
             found = function(np.array(rows, np.intp))
             assert (None if found is None else found.tolist()) == expected
 
+    def test_last_writes_at_strides_that_a_simple_hash_takes_ill(self):
+        for stride in (6765, 10946, 17711, 2**20, 2**40):
+            rows = np.arange(0, 5000 * stride, stride)
+            assert moves.last_writes(rows) is None
+            assert moves.last_writes(np.append(rows, rows))[0] == 5000
+
     @pytest.mark.parametrize("count", [511, 512, 513, 100_000])
     def test_last_writes_of_many_rows(self, count):
         rows = np.random.default_rng(count).integers(0, count, count)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anystore import backends, select_backend
-from anystore.backends.random import Random
+from anystore.backends.random import BookkeepingRandom, Random
 from anystore.convert import library_of, to_numpy
 from tests import stand_in
 
@@ -237,11 +237,13 @@ class TestJax(RandomContract):
         narrow = draws(self.make())
         jax.config.update("jax_enable_x64", True)
         try:
-            random = self.make()
+            random, books = self.make(), BookkeepingRandom(select_backend(self.backend, self.device), 0)
             self.check(random.integers(3, 4), "int64", (4,))
             self.check(random.uniform(3), "float64", (3,))
             self.check(random.permutation(3), "int64", (3,))
             assert to_numpy(random.integers(2**40, 100)).max() >= 2**32
+            for drawn in (books.integers(3, 4), books.uniform(3), books.permutation(3)):
+                assert drawn.flags.writeable
         finally:
             jax.config.update("jax_enable_x64", False)
         assert draws(self.make()) == narrow

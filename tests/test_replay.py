@@ -791,6 +791,15 @@ class ReplayContract:
                 buffer.update_priorities([0, 1], [priority, 1.0])
         self.assert_twins(buffer, twin)
 
+    def test_priorities_beyond_the_floats_of_the_library(self) -> None:
+        buffer, twin = (self.filled(10, sampler=Prioritized(alpha=0.5)) for _ in range(2))
+        largest = float(np.finfo(self.floating).max)
+        with pytest.raises(ValueError, match="^expected finite priorities of 0 or more"):
+            buffer.update_priorities([0, 1], [largest * 10, 1.0])
+        self.assert_twins(buffer, twin)
+        buffer.update_priorities([0, 1], [largest / 2, 1.0])
+        assert np.isfinite(to_numpy(buffer.priorities)).all()
+
     def test_huge_priorities(self) -> None:
         largest = float(np.finfo(self.floating).max)
         buffer = self.filled(10, sampler=Prioritized(alpha=0.5))
@@ -1159,9 +1168,11 @@ class TestTorchAsOnADevice(OnTorchAsOnADevice, ReplayContract):
 
 class TestJax(OnJax, ReplayContract):
     test_samples_share_no_memory_with_the_buffer = None  # none can be written to
+    test_priorities_without_a_finite_sum = None  # any that JAX has is finite in the float64 of NumPy
 
 
 class TestJaxAsOnADevice(OnJaxAsOnADevice, TestJax):
+    test_priorities_without_a_finite_sum = ReplayContract.test_priorities_without_a_finite_sum
     every_layout, every_count_of_lanes = ("shared stacks",), (2,)  # each takes long to compile
 
 

@@ -419,10 +419,14 @@ class SamplersContract:
         assert to_numpy(buffer.sample(4).rows).tolist() == [3, 3, 3, 3]
         assert library_of(buffer.sample(4).rows) == buffer.backend.library
 
-    def test_a_sampler_of_the_buffer_s_own_library(self) -> None:
+    @pytest.mark.parametrize("is_inside", [False, True])
+    @pytest.mark.parametrize("num_steps", [None, 2])
+    def test_a_sampler_of_the_buffer_s_own_library(self, is_inside: bool, num_steps: int | None) -> None:
         """Whatever library places and chances are computed with."""
 
         class Odd(Sampler):
+            inside = is_inside
+
             def draw(self, count: int, items: range) -> Any:
                 return buffer.backend.as_index(np.full(count, 3))
 
@@ -430,7 +434,7 @@ class SamplersContract:
                 return buffer.backend.from_numpy(np.full(places.shape[0], 0.5, np.float32))
 
         buffer = self.make(10, 10, sampler=Odd())
-        sample = buffer.sample(4)
+        sample = buffer.sample(4, num_steps=num_steps, at_end="cross" if num_steps is None else "whole")
         for found, expected in ((sample.rows, [3] * 4), (sample.weights, [0.5] * 4)):
             assert to_numpy(found).tolist() == expected
             assert library_of(found) == buffer.backend.library

@@ -215,7 +215,8 @@ class BookkeepingRandom(Random):
         return self._taken(self._random._permutation(high), np.int64)
 
     def _taken(self, drawn: Array, dtype: Any) -> Array:
-        return self._backend.to_bookkeeping(drawn).astype(dtype, copy=False)
+        # A copy, since an array of JAX is one that cannot be written to.
+        return np.array(self._backend.to_bookkeeping(drawn), dtype)
 
     def _state(self) -> dict[str, Any]:
         return self._random._state()

@@ -567,7 +567,7 @@ class ReplayBuffer:
         given = self._backend.from_bookkeeping
         rows = given(self._ring.numbers(places))
         if weights is not None and library_of(weights) != self._backend.library:
-            weights = given(weights)
+            weights = given(to_numpy(weights))
         if how.n_step is not None:
             merged, discounts = self._merged(places, how.n_step, how.discount)
             return Sample(merged, rows, weights, discounts=discounts)
@@ -651,7 +651,7 @@ class ReplayBuffer:
         backend, xp = self._books, self._books.xp
         with self.lock, self._backend.stream():
             numbers = self._as_numbers(rows)
-            values = as_priorities(priorities, int(numbers.shape[0]), backend)
+            values = as_priorities(priorities, int(numbers.shape[0]), backend, self._backend.float_dtype)
             places, count, size = self._ring.places(numbers), int(numbers.shape[0]), self.size
             if not backend.inside(places, size):
                 there = (places >= 0) & (places < size)

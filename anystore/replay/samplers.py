@@ -266,23 +266,25 @@ class Prioritized(Sampler):
             self._waiting = range(self._waiting.start + len(run), self._waiting.stop)
 
 
-def as_priorities(priorities: Any, count: int, backend: Backend) -> Array:
-    """Priorities as a user gave them, as `count` floats on the device.
+def as_priorities(priorities: Any, count: int, backend: Backend, given: np.dtype[Any]) -> Array:
+    """Priorities as a user gave them, as `count` floats of the backend; `given` is what the user can have them in.
 
     Raises
     ------
     ValueError
-        If there are not as many, or one is negative, infinite or NaN.
+        If there are not as many, or one is negative, infinite in `given`, or NaN.
     """
     dtype = backend.float_dtype
-    array = backend.bring(priorities if is_array(priorities) else np.asarray(priorities, dtype), dtype)
+    with np.errstate(over="ignore"):  # what is too large for the dtype is refused below
+        array = backend.bring(priorities if is_array(priorities) else np.asarray(priorities, dtype), dtype)
     xp = backend.xp
     array = backend.from_numpy(array) if isinstance(array, np.ndarray) else array
     if array.shape != (count,):
         raise ValueError(f"expected {count} priorities, one for each row, found an array of shape {tuple(array.shape)}")
-    if count and not (xp.min(array) >= 0 and xp.max(array) < float("inf")):  # nor if one is NaN
+    largest = float(np.finfo(given).max)
+    if count and not (xp.min(array) >= 0 and xp.max(array) <= largest):  # nor if one is NaN
         wrong = to_numpy(array)
-        wrong = wrong[~((wrong >= 0) & (wrong < np.inf))]
+        wrong = wrong[~((wrong >= 0) & (wrong <= largest))]
         raise ValueError(
             f"expected finite priorities of 0 or more, such as the magnitude of an error, found {wrong[0]} "
             f"({len(wrong)} of {count})"
