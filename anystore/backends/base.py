@@ -53,8 +53,6 @@ class Backend(ABC):
     device: str
     has_views: bool = True
     """Whether memory can be shared with what `gather` returns."""
-    books_in_numpy: bool = False
-    """Whether `bookkeeping` is NumPy's: its arrays are in main memory, and small operations cost it a tenth."""
 
     @classmethod
     def open(cls, device: Any = None) -> Backend:
@@ -213,6 +211,11 @@ class Backend(ABC):
         """`array` with `values` at these places along its first axis; it may be changed in place."""
         self.scatter([array], self.as_rows(places), [values])
         return array
+
+    @property
+    def books_in_numpy(self) -> bool:
+        """Whether `bookkeeping` is NumPy's: its arrays are in main memory, and small operations cost it a tenth."""
+        return False
 
     @property
     def bookkeeping(self) -> Backend:

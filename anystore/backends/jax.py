@@ -72,7 +72,7 @@ class JaxBackend(Backend):
         return jnp
 
     @property
-    def books_in_numpy(self) -> bool:  # type: ignore[override]  # a class attribute elsewhere
+    def books_in_numpy(self) -> bool:
         return bool(self._device.platform == "cpu")
 
     @classmethod
@@ -124,8 +124,7 @@ class JaxBackend(Backend):
             written = map(_write_slice, (arrays,), (rows.start,), (leaves,), (len(rows),))
         else:
             index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
-            last = None if type(rows) is range else last_writes(index.reshape(-1))
-            written = map(_write_rows, (arrays,), (index,), (leaves,), (last,))
+            written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index.reshape(-1)),))
         if _config.jax_debug_nans or _config.jax_debug_infs:
             # Their checks come after the update, when the old arrays are gone.
             with jax.debug_nans(False), jax.debug_infs(False):

@@ -207,7 +207,7 @@ class TorchHostBackend(TorchBackend):
         return super().from_numpy(array)
 
     def to_bookkeeping(self, array: torch.Tensor) -> NDArray[Any]:
-        return _as_array(array) if array.dtype in _READ_BY_NUMPY else to_numpy(array)
+        return array.numpy() if array.dtype in _READ_BY_NUMPY else to_numpy(array)
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
         # torch.zeros writes to every page.

@@ -590,8 +590,7 @@ class ReplayBuffer:
         parts = self._layout.read(steps[:, -1], (*self._following, *flags))
         rewards = taken(self._layout.read(steps, (self._reward,))[self._reward])
         terminated = taken(parts[self._terminated])
-        returns, discounts = map(given, self._windows.returns(rewards, mask, terminated, discount))
-        parts[self._reward] = returns
+        parts[self._reward], discounts = map(given, self._windows.returns(rewards, mask, terminated, discount))
         leaves = self._nest.flatten(self._layout.read(places))
         merged = [parts.get(path, leaf) for path, leaf in zip(self._nest.paths, leaves)]
         return self._nest.pack(merged), discounts

@@ -49,7 +49,6 @@ class Draws:
         self._backend = backend
         self._is_inside = _is_inside(type(sampler))
         self._nothing = backend.as_index(np.empty(0, np.intp))
-        self._library = library_of(self._nothing)
         self.level = 0
 
     def draw(self, count: int, items: range, usable: Usable | None) -> Array:
@@ -106,14 +105,14 @@ class Draws:
 
     def _drawn(self, count: int, items: range) -> Array:
         places = self._sampler.draw(count, items)
-        if self._is_inside and library_of(places) == self._library:
+        if self._is_inside and library_of(places) == self._backend.library:
             return places
         if not is_array(places) or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
             raise TypeError(
                 f"expected {count} places from {type(self._sampler).__name__}.draw, a flat array of integers, found "
                 f"{places!r:.80}"
             )
-        if library_of(places) != self._library:
+        if library_of(places) != self._backend.library:
             places = self._backend.as_index(to_numpy(places))
         # A copy, since it may be an array that the sampler goes on to use.
         return self._backend.xp.astype(places, self._nothing.dtype, copy=True)
