@@ -824,15 +824,14 @@ static inline npy_intp *slot_of(npy_intp row, npy_intp *slots, int bits, const n
 
 static const char last_writes_doc[] =
     "last_writes(rows) -> array or None\n\n"
-    "For each of the rows, a flat C-contiguous array of intp, the position of the last one that equals it; None if no\n"
-    "two are equal.";
+    "For each of the rows, a C-contiguous array of intp, the position of the last one that equals it, counted through\n"
+    "all axes; None if no two are equal.";
 
 static PyObject *last_writes(PyObject *module, PyObject *argument)
 {
     PyArrayObject *array = (PyArrayObject *)argument;
-    if (!PyArray_CheckExact(argument) || PyArray_TYPE(array) != NPY_INTP || !PyArray_ISCARRAY_RO(array) ||
-        PyArray_NDIM(array) != 1) {
-        PyErr_SetString(PyExc_TypeError, "expected a flat, C-contiguous array of intp");
+    if (!PyArray_CheckExact(argument) || PyArray_TYPE(array) != NPY_INTP || !PyArray_ISCARRAY_RO(array)) {
+        PyErr_SetString(PyExc_TypeError, "expected a C-contiguous array of intp");
         return NULL;
     }
     npy_intp count = PyArray_SIZE(array), repeated = 0;

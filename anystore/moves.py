@@ -46,11 +46,12 @@ def all_inside(index: NDArray[Any], capacity: int) -> bool:
 
 
 def last_writes(rows: NDArray[np.intp]) -> NDArray[np.intp] | None:
-    """For each of the (flat) rows, the position of the last value that is written to it.
+    """For each of the rows, the position of the last value that is written to it, both counted through all axes.
 
-    With ``values[last_writes(rows)]`` every write to a row writes the same value, so that the last one wins in
-    whatever order a library writes. None stands for "each row is there once".
+    With ``values[last_writes(rows)]``, of flat values, every write to a row writes the same value, so that the last one
+    wins in whatever order a library writes. None stands for "each row is there once".
     """
+    rows = rows.reshape(-1)
     order = np.argsort(rows, kind="stable")
     changes = np.flatnonzero(np.diff(rows[order]))
     ends = np.append(changes, rows.size - 1)  # of each run of equal rows

@@ -7,6 +7,7 @@ and attrs classes are made known to it, in a namespace of our own, the first tim
 from __future__ import annotations
 
 import dataclasses
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -44,7 +45,7 @@ class Nest:
         If a leaf is not a spec (with its path), if there is no leaf, or two have the same path.
     """
 
-    __slots__ = ("_flatten_up_to", "data_spec", "pack", "paths", "specs")
+    __slots__ = ("_flatten_up_to", "_values_of", "data_spec", "pack", "paths", "specs")
 
     def __init__(self, data_spec: Any) -> None:
         self.data_spec = _understand(data_spec, "")
@@ -57,6 +58,8 @@ class Nest:
             raise ValueError(f"expected a path of its own for each leaf, found {_listed(sorted(self.paths))}")
         self.pack: Callable[[Iterable[Any]], Any] = treespec.unflatten
         self._flatten_up_to = treespec.flatten_up_to
+        # The leaves of a dict without further nests, as most items are, can be had in a third of the time.
+        self._values_of = _values_of(self.data_spec)
 
     @property
     def leaves(self) -> dict[str, ArraySpec]:
@@ -74,9 +77,11 @@ class Nest:
             If `value` is not a nest like the spec; the message names every difference by its path.
         """
         try:
+            if self._values_of is not None and type(value) is dict and len(value) == len(self.specs):
+                return [*self._values_of(value)]
             leaves: list[Any] = self._flatten_up_to(value)
             return leaves
-        except ValueError:
+        except (KeyError, ValueError):
             differences: list[str] = []
             leaves = _match(self.data_spec, value, "", differences)
         if differences:
@@ -251,6 +256,13 @@ def children(node: Any) -> dict[Any, Any]:
             return dict(node.items())
         return dict(enumerate(node)) if isinstance(node, (list, tuple)) else {}
     return dict(zip(getattr(node, "_fields", keys), children))
+
+
+def _values_of(node: Any) -> Callable[[Any], tuple[Any, ...]] | None:
+    """What gives the values of such a dict in the order of the leaves, if a node is one of several leaves alone."""
+    if type(node) is not dict or len(node) < 2 or not all(isinstance(value, ArraySpec) for value in node.values()):
+        return None
+    return operator.itemgetter(*children(node))
 
 
 def _nodes_at(path: str, node: Any) -> Iterator[Any]:

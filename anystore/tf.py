@@ -298,7 +298,8 @@ class _Storage(Storage):
         """The buffers of all leaves: those that a restore has made, and new ones."""
         if not made:
             return self._allocate(self._capacity)
-        return [made[place] if place in made else self._new_buffer(place) for place in range(len(self._nest.specs))]
+        places = range(len(self._nest.specs))
+        return self._backend.together([made[place] if place in made else self._new_buffer(place) for place in places])
 
     def _new_buffer(self, position: int) -> Buffer:
         spec = self._nest.specs[position]

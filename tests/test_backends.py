@@ -218,26 +218,31 @@ class TestJax:
         with pytest.raises(TypeError, match="cannot be read within jax.jit.*; hand over what is read as an argument"):
             read(1.0)
 
+    @pytest.mark.parametrize("paths", ["'a', 'b'", "'b'"])
     @pytest.mark.parametrize("index", ["3", "slice(3, 4)", "[3]"])
-    def test_an_interrupt_loses_nothing(self, index):
+    def test_an_interrupt_loses_nothing(self, index, paths):
         pytest.importorskip("jax")
         program = textwrap.dedent(
             f"""
             import contextlib, signal
             from anystore import ArraySpec, Storage
-            store = Storage(ArraySpec((), "int32"), 4, backend="jax", device="cpu")
-            store.set(..., [0, 1, 2, 3])
-            store.set({index}, 7)
+            spec = ArraySpec((), "int32")
+            whole = Storage(dict(a=spec, b=spec), 4, backend="jax", device="cpu")
+            whole.set(..., dict(a=[0, 1, 2, 7], b=[0, 1, 2, 3]))
+            store = whole.select({paths})
+            value = dict(a=7, b=7) if "," in "{paths}" else 7
+            store.set({index}, value)
             signal.signal(signal.SIGALRM, signal.default_int_handler)
             for microseconds in range(200, 1000, 4):  # about half of them come while JAX is at it
                 with contextlib.suppress(KeyboardInterrupt):
                     signal.setitimer(signal.ITIMER_REAL, microseconds / 1e6)
                     for _ in range(10_000):
-                        store.set({index}, 7)
-            print(store.get(...).tolist())
+                        store.set({index}, value)
+            print([whole.get(...)[key].tolist() for key in "ab"])
             """
         )
-        assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[0, 1, 2, 7]\n"
+        printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+        assert printed == "[[0, 1, 2, 7], [0, 1, 2, 7]]\n"
 
     def test_takes_another_array_on_the_memory_of_a_buffer(self, store):
         """JAX, which is told that a write may reuse this memory, fails if the write reads it as well."""

@@ -219,7 +219,7 @@ class CupyBackend(Backend):
     def _order(self, rows: Rows) -> Array | None:
         """For each row the last of its values, where the rows are; None where each is there once."""
         if isinstance(rows, np.ndarray):
-            return last_writes(rows.reshape(-1))
+            return last_writes(rows)
         if isinstance(rows, (int, range)) or rows.size < 2:
             return None
         slots, order = cupy.cuda.alloc(kernels.slots_nbytes(rows.size)), cupy.empty(rows.size, np.int64)

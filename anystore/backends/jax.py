@@ -5,10 +5,9 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
-import operator
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +22,49 @@ from anystore.moves import last_writes, leading_shape
 from anystore.rows import Rows
 
 
-class _Cell:
-    """The place of an array that every write replaces by its successor."""
+class _Held:
+    """The arrays of a storage, which every write replaces by their successors."""
 
-    __slots__ = ("array", "dtype", "lent", "row_shape", "sharding")
+    __slots__ = ("arrays", "lent")
 
-    def __init__(self, array: jax.Array) -> None:
-        self.array = array
-        self.lent: jax.Array | None = None
-        """The array that was handed out last, which can come back as a value while it is the one of this place."""
-        # The same for every successor, and JAX takes longer to tell them.
-        self.dtype = array.dtype
-        self.row_shape: tuple[int, ...] = array.shape[1:]
-        self.sharding = array.sharding
+    def __init__(self, arrays: list[jax.Array]) -> None:
+        self.arrays = arrays
+        self.lent = False
+        """Whether one was handed out, which can come back as a value until all are replaced."""
+
+
+class _Cell(NamedTuple):
+    """The place of one of them."""
+
+    held: _Held
+    position: int
+
+
+class _Cells(list[_Cell]):
+    """The places of a storage or a selection, in one `_Held`."""
+
+    def __init__(self, held: _Held, positions: list[int]) -> None:
+        super().__init__(_Cell(held, position) for position in positions)
+        self.held = held
+        self.positions = None if positions == list(range(len(held.arrays))) else positions
+        """Which of the arrays these are; None for all of them."""
+        self.taken: Any = None
+        """What was last seen to fit: the leading shape and the avals of the leaves."""
+
+    def arrays(self) -> list[jax.Array]:
+        arrays = self.held.arrays
+        return arrays if self.positions is None else [arrays[position] for position in self.positions]
+
+    def replace(self, written: Iterator[list[jax.Array]]) -> None:
+        """Have the arrays that the one item of `written` is, once it is made, in place of those that it gives away.
+
+        No signal is handled between the two, as it would be after a call: an interrupt comes before the old arrays are
+        gone or when the new ones are there.
+        """
+        if self.positions is None:
+            (self.held.arrays,) = written
+        else:
+            _exhaust(map(self.held.arrays.__setitem__, self.positions, itertools.chain.from_iterable(written)))
 
 
 class JaxBackend(Backend):
@@ -97,10 +126,19 @@ class JaxBackend(Backend):
         if shape[0] > limit:
             raise ValueError(f"JAX counts rows in 32 bits, up to {limit}, unless jax_enable_x64 is set")
         with jax.default_device(self._device):
-            return _Cell(jax.device_put(jnp.zeros(shape, dtype), self._device))
+            return _Cell(_Held([jax.device_put(jnp.zeros(shape, dtype), self._device)]), 0)
+
+    def together(self, buffers: Sequence[_Cell]) -> _Cells:
+        if isinstance(buffers, _Cells):
+            return buffers
+        if len({id(held) for held, _ in buffers}) == 1:
+            return _Cells(buffers[0].held, [position for _, position in buffers])
+        whole = _Held([held.arrays[position] for held, position in buffers])
+        whole.lent = any(held.lent for held, _ in buffers)
+        return _Cells(whole, list(range(len(buffers))))
 
     def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
-        arrays = [buffer.array for buffer in buffers]
+        arrays = self.together(buffers).arrays()
         if isinstance(rows, range) and rows.step == 1:
             read: list[Array] = _read_slice(arrays, rows.start, len(rows))
         else:
@@ -113,8 +151,9 @@ class JaxBackend(Backend):
         raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
-        arrays = [buffer.array for buffer in buffers]
-        if any(map(operator.is_, arrays, [buffer.lent for buffer in buffers])):
+        cells = self.together(buffers)
+        arrays = cells.arrays()
+        if cells.held.lent:
             # Memory cannot be given away and read in one call, and there may be other arrays on that of a buffer.
             leaves = [jnp.copy(leaf) for leaf in leaves]
         written: Iterator[list[jax.Array]]
@@ -124,30 +163,32 @@ class JaxBackend(Backend):
             written = map(_write_slice, (arrays,), (rows.start,), (leaves,), (len(rows),))
         else:
             index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
-            written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index.reshape(-1)),))
+            written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index),))
         if _config.jax_debug_nans or _config.jax_debug_infs:
             # Their checks come after the update, when the old arrays are gone.
             with jax.debug_nans(False), jax.debug_infs(False):
-                _keep(buffers, written)
+                cells.replace(written)
         else:
-            _keep(buffers, written)
-        if isinstance(buffers[0].array, jax.core.Tracer):
-            _keep(buffers, iter([arrays]))
+            cells.replace(written)
+        if isinstance(cells.arrays()[0], jax.core.Tracer):
+            cells.replace(iter([arrays]))
             raise _traced("written to")
+        if cells.positions is None:
+            cells.held.lent = False
 
     def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
-        lead = leading_shape(rows)
-        for leaf, buffer in zip(leaves, buffers):
-            if type(leaf) is not type(buffer.array):
+        cells, lead = self.together(buffers), leading_shape(rows)
+        try:
+            taken = lead, [leaf.aval for leaf in leaves]
+        except AttributeError:
+            return False
+        if taken != cells.taken:
+            if not all(_fits(leaf, array, lead) for leaf, array in zip(leaves, cells.arrays())):
                 return False
-            aval = leaf.aval  # whose attributes take JAX less time than those of the array
-            if aval.dtype != buffer.dtype:
-                return False
-            if aval.shape != buffer.row_shape and aval.shape != lead + buffer.row_shape:
-                return False
-            if not self._is_alone and leaf.sharding != buffer.sharding:
-                return False
-        self.scatter(buffers, rows, leaves)
+            cells.taken = taken
+        if not self._is_alone and any(leaf.devices() != {self._device} for leaf in leaves):
+            return False
+        self.scatter(cells, rows, leaves)
         return True
 
     def from_numpy(self, array: NDArray[Any]) -> jax.Array:
@@ -174,8 +215,9 @@ class JaxBackend(Backend):
         return moved
 
     def array(self, buffer: _Cell) -> jax.Array:
-        buffer.lent = buffer.array
-        return buffer.array
+        held, position = buffer
+        held.lent = True
+        return held.arrays[position]
 
     def chosen(self, mask: jax.Array) -> jax.Array:
         positions = np.flatnonzero(mask)
@@ -183,9 +225,9 @@ class JaxBackend(Backend):
         return self.from_numpy(np.append(positions, np.repeat(positions[-1:], more)))
 
     def put(self, array: jax.Array, places: Any, values: Any) -> jax.Array:
-        cell = _Cell(array)
-        self.scatter([cell], self.as_rows(places), [values])
-        return cell.array
+        held = _Held([array])
+        self.scatter([_Cell(held, 0)], self.as_rows(places), [values])
+        return held.arrays[0]
 
     def random(self, seed: int | None = None) -> Random:
         return JaxRandom(self._device, seed)
@@ -286,13 +328,10 @@ _config: Any = jax.config  # whose types do not list the settings
 _exhaust = collections.deque[None](maxlen=0).extend
 
 
-def _keep(buffers: Sequence[_Cell], written: Iterator[list[jax.Array]]) -> None:
-    """Have the arrays that the one item of `written` is, once it is made, in place of those that it gives away.
-
-    All of it is one call, in which no signal is handled: an interrupt comes before the old arrays are gone or when the
-    new ones are kept.
-    """
-    _exhaust(map(setattr, buffers, itertools.repeat("array"), itertools.chain.from_iterable(written)))
+def _fits(leaf: Any, array: jax.Array, lead: tuple[int, ...]) -> bool:
+    """Whether a leaf is an array of JAX, and no tracer, of the dtype of the buffer and the shape of rows or an item."""
+    shape = array.shape[1:]
+    return type(leaf) is type(array) and leaf.dtype == array.dtype and leaf.shape in (shape, lead + shape)
 
 
 def _traced(done: str) -> TypeError:

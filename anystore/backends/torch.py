@@ -106,7 +106,7 @@ class TorchBackend(Backend):
                 view.copy_(leaf)
             return
         index, shape = self._index(rows)
-        last = last_writes(np.asarray(rows, np.intp).reshape(-1))
+        last = last_writes(np.asarray(rows, np.intp))
         for buffer, leaf in zip(buffers, leaves):
             if leaf.ndim < buffer.ndim - 1 + len(shape):
                 leaf = leaf.expand((len(index), *buffer.shape[1:]))

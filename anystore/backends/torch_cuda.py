@@ -137,7 +137,7 @@ class TorchCudaBackend(TorchBackend):
     def _order(self, rows: Rows) -> Any:
         """For each row the last of its values, where the rows are; None where each is there once."""
         if isinstance(rows, np.ndarray):
-            return last_writes(rows.reshape(-1))
+            return last_writes(rows)
         if isinstance(rows, (int, range)) or rows.numel() < 2:
             return None
         count = rows.numel()
