@@ -180,8 +180,9 @@ class Storage:
         self._selected_from: tuple[Storage, list[int]] | None = None
 
     def _map(self, directory: str | os.PathLike[str], mode: str) -> list[Any]:
-        if self._backend.name != "numpy":
-            raise ValueError(f"a storage with a directory is of the backend 'numpy', not of {self._backend.name!r}")
+        name, device = self._backend.name, self._backend.device
+        if (name, device) != ("numpy", "cpu"):
+            raise ValueError(f"a storage with a directory is of 'numpy' on 'cpu', not of {name!r} on {device!r}")
         from anystore.mapped import Mapped
         from anystore.snapshot.writer import storage_entry
 

@@ -264,7 +264,7 @@ class _ScalarsBackend(NumpyBackend):
         return [leaf.copy() for leaf in leaves] if copy else leaves
 
     def __reduce__(self) -> Any:
-        return type(self), ()
+        return type(self), (self.device,)
 
 
 class _Storage(Storage):
@@ -275,7 +275,7 @@ class _Storage(Storage):
     def __init__(self, data_spec: Any, capacity: int, backend: Any, device: Any) -> None:
         library = select_backend(backend, device)
         if library.name == "numpy":
-            library = _ScalarsBackend()
+            library = _ScalarsBackend(library.device)
         self._attach(_checked(data_spec), as_count("capacity", capacity), library, "unsafe")
         self._made: dict[int, Buffer] = {}
         self._making = threading.Lock()

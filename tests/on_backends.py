@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from typing import Any
 
 import pytest
@@ -41,6 +42,16 @@ class OnPlainNumpy(OnNumpy):
             monkeypatch.setattr(moves, name, getattr(plain, name))
         monkeypatch.setattr(rows, "all_inside", plain.all_inside)
         monkeypatch.setattr(sum_tree, "compiled", None)
+
+
+class OnDisk(OnNumpy):
+    """With every buffer in a file, of however few bytes."""
+
+    device = f"disk:{tempfile.gettempdir()}"
+
+    @pytest.fixture(autouse=True)
+    def _large(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.import_module("anystore.backends.numpy"), "_LARGE", 1)
 
 
 class OnTorch(OnABackend):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +18,7 @@ import pytest
 import anystore.backends
 from anystore import ArraySpec, Storage, available_backends, select_backend
 from anystore.backends.base import parse_device, resolve_device
+from anystore.replay import Prioritized, ReplayBuffer
 from tests import stand_in
 
 
@@ -185,6 +189,68 @@ class TestDevices:
             assert resolve_device(spelled, devices, "x") == meant
         with pytest.raises(ValueError, match="x has no device 'cuda' here; there are: none"):
             resolve_device("cuda", [], "x")
+
+
+class TestDisk:
+    ROWS = 1100
+    SPEC = ArraySpec((4096,), "uint8")  # of 4 MiB and more
+
+    @pytest.fixture
+    def options(self, tmp_path):
+        return {"device": f"disk:{tmp_path}"}
+
+    def test_large_buffers_are_in_files_that_leave_nothing_behind(self, tmp_path, options):
+        store = Storage({"large": self.SPEC, "small": ArraySpec((), "int8")}, self.ROWS, **options)
+        store.set(..., {"large": np.ones(4096, np.uint8), "small": 1})
+        with open("/proc/self/maps", encoding="ascii") as lines:
+            mapped = [line for line in lines if str(tmp_path) in line]
+        assert len(mapped) == 1
+        assert mapped[0].rstrip().endswith("(deleted)")
+        assert os.listdir(tmp_path) == []
+        assert store.get(1099)["large"].sum() == 4096
+
+    def test_a_full_disk_is_found_before_anything_is_written(self, tmp_path, options, monkeypatch):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(MemoryError, match=r"^the item: 4,505,600 bytes cannot be allocated on disk:.*No space"):
+            Storage(self.SPEC, self.ROWS, **options)
+        assert os.listdir(tmp_path) == []
+
+    def test_warns_of_what_the_disk_has_not(self, options, monkeypatch):
+        usage = shutil.disk_usage("/")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.warns(RuntimeWarning, match=r"4,505,600 bytes when it is full; 1,000 bytes are free on disk:"):
+            Storage(self.SPEC, self.ROWS, **options)
+
+    def test_is_one_backend_for_each_directory(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        backend = select_backend("numpy", f"disk:{tmp_path}")
+        assert backend is select_backend("numpy", "disk:.") is select_backend(backend)
+        assert backend is not select_backend("numpy")
+        assert pickle.loads(pickle.dumps(backend)) is backend
+
+    @pytest.mark.parametrize("device", ["disk:", "disk:/nowhere"])
+    def test_refuses_what_is_no_directory(self, device):
+        with pytest.raises(ValueError, match="expected 'disk:' and a directory that is there, found 'disk:"):
+            select_backend("numpy", device)
+
+    def test_a_snapshot_goes_there_and_back(self, tmp_path, options):
+        buffer = ReplayBuffer(self.SPEC, self.ROWS, sampler=Prioritized(), seed=0, **options)
+        buffer.extend(np.arange(2000 * 4096).reshape(2000, 4096).astype(np.uint8))
+        buffer.save(tmp_path / "snapshot")
+        buffer.extend(np.ones((3, 4096), np.uint8))
+        buffer.save(tmp_path / "snapshot")
+        manifest = json.loads((tmp_path / "snapshot" / "manifest.json").read_text())
+        assert [layer["count"] for layer in manifest["storages"]["items"]["layers"]] == [1100, 3]
+        expected = buffer.sample(64)
+        for device in ("cpu", options["device"]):
+            found = anystore.load(tmp_path / "snapshot", device=device)
+            assert found.device == device
+            sample = found.sample(64)
+            assert (sample.rows == expected.rows).all()
+            assert (sample.items == expected.items).all()
 
 
 class TestJax:

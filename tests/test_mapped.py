@@ -264,8 +264,10 @@ class TestFiles:
 
     def test_refuses_another_backend(self, path):
         pytest.importorskip("torch")
-        with pytest.raises(ValueError, match="a storage with a directory is of the backend 'numpy', not of 'torch'"):
+        with pytest.raises(ValueError, match="a storage with a directory is of 'numpy' on 'cpu', not of 'torch'"):
             Storage(SPEC, 10, backend="torch", directory=path)
+        with pytest.raises(ValueError, match="a storage with a directory is of 'numpy' on 'cpu', not of 'numpy' on 'd"):
+            Storage(SPEC, 10, device=f"disk:{path.parent}", directory=path)
         assert not path.exists()
 
     def test_refuses_damaged_files(self, path):

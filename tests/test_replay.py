@@ -19,6 +19,7 @@ from tests.items import SPEC, assert_same, batch, host, leaves
 from tests.on_backends import (
     OnACupyStandIn,
     OnCupy,
+    OnDisk,
     OnJax,
     OnJaxAsOnADevice,
     OnJaxCuda,
@@ -1155,6 +1156,10 @@ class TestNumpy(OnNumpy, ReplayContract):
 
 
 class TestPlainNumpy(OnPlainNumpy, ReplayContract):
+    pass
+
+
+class TestDisk(OnDisk, ReplayContract):
     pass
 
 

@@ -17,6 +17,7 @@ from tests.items import assert_same, host
 from tests.on_backends import (
     OnACupyStandIn,
     OnCupy,
+    OnDisk,
     OnJax,
     OnJaxAsOnADevice,
     OnNumpy,
@@ -484,6 +485,10 @@ class TestNumpy(OnNumpy, SharedContract):
 
 
 class TestPlainNumpy(OnPlainNumpy, SharedContract):
+    pass
+
+
+class TestDisk(OnDisk, SharedContract):
     pass
 
 

@@ -9,6 +9,7 @@ import pytest
 from anystore import backends, moves, rows
 from tests import stand_in
 from tests.contract import StorageContract
+from tests.on_backends import OnDisk
 from tests.test_moves import plain_moves
 
 ALL = StorageContract.dtypes
@@ -29,6 +30,10 @@ class TestPlainNumpy(TestNumpy):
         for name in plain.__all__:
             monkeypatch.setattr(moves, name, getattr(plain, name))
         monkeypatch.setattr(rows, "all_inside", plain.all_inside)
+
+
+class TestDisk(OnDisk, TestNumpy):
+    pass
 
 
 class TestTorch(StorageContract):

@@ -68,7 +68,8 @@ def select_backend(backend: Any = "numpy", device: Any = None) -> Backend:
         Backend, which is returned as it is.
     device : str or device object, optional
         "cpu", "cuda", "cuda:1" ("gpu" says the same as "cuda"), or an object of the library's own. None stands for
-        the library's default device, or that of the array.
+        the library's default device, or that of the array. For NumPy also "disk:" and a directory, such as
+        "disk:/scratch": large buffers are in files there, which have no names and are gone with the storage.
 
     Returns
     -------

@@ -1,10 +1,12 @@
-"""NumPy, on the CPU."""
+"""NumPy, on the CPU: in main memory, or in files on a disk."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import mmap
+import os
+import shutil
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -13,22 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore import moves
-from anystore.backends.base import Array, Backend, resolve_device
+from anystore.backends.base import Array, Backend, host_memory, resolve_device
 from anystore.backends.random import NumpyRandom, Random
 from anystore.moves import basic_index
 from anystore.rows import Rows
 
-_HUGE = 1 << 22
-"""From this many bytes on, buffers are in huge pages."""
+_LARGE = 1 << 22
+"""From this many bytes on, buffers are in huge pages, or on the disk."""
+_ON_DISK = "disk:"
 
 
 class NumpyBackend(Backend):
-    """NumPy arrays in main memory."""
+    """NumPy arrays in main memory, or on a disk.
+
+    Notes
+    -----
+    With the device "disk:/scratch", buffers of 4 MiB or more are in files of that directory that are memory-mapped and
+    have no names: they may be larger than the memory, and are gone with the storage, or with the process, however it
+    ends. Their room on the disk is taken at once. A process that is forked off shares them.
+    """
 
     name = library = "numpy"
 
     def __init__(self, device: Any = None) -> None:
-        self.device = "cpu" if device is None else resolve_device(str(device), self.devices(), "NumPy")
+        device = "cpu" if device is None else str(device)
+        self._scratch = _directory(device) if device.startswith(_ON_DISK) else None
+        on_disk = self._scratch is not None
+        self.device = f"{_ON_DISK}{self._scratch}" if on_disk else resolve_device(device, self.devices(), "NumPy")
 
     @property
     def xp(self) -> ModuleType:
@@ -42,7 +55,14 @@ class NumpyBackend(Backend):
         return dtype
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        return zeros(shape, dtype)
+        return zeros(shape, dtype, self._scratch)
+
+    @property
+    def books_in_numpy(self) -> bool:
+        return self._scratch is not None
+
+    def free_memory(self) -> int | None:
+        return host_memory() if self._scratch is None else shutil.disk_usage(self._scratch).free
 
     def gather(self, buffers: Sequence[NDArray[Any]], rows: Rows, copy: bool | None) -> list[Array]:
         if copy or type(rows) is np.ndarray:
@@ -82,23 +102,45 @@ class NumpyBackend(Backend):
         return type(array) is np.ndarray and array.flags.writeable
 
 
+def _directory(device: str) -> str:
+    directory = device.removeprefix(_ON_DISK)
+    if not os.path.isdir(directory):
+        raise ValueError(f"expected {_ON_DISK!r} and a directory that is there, found {device!r}")
+    return os.path.abspath(directory)
+
+
 @functools.cache
 def _namespace() -> ModuleType:
     # As long to import as NumPy itself, and needed by those who ask for it only.
     return importlib.import_module("array_api_compat.numpy")
 
 
-def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any], scratch: str | None = None) -> NDArray[Any]:
     """An array of zeros whose memory is committed only as it is written to, in huge pages where the system has them.
 
-    The first write to each page of a large array takes longer than the copy itself, and huge pages are few.
+    The first write to each page of a large array takes longer than the copy itself, and huge pages are few. With a
+    directory in `scratch`, a large array is in a file there.
     """
     nbytes = dtype.itemsize
     for length in shape:
         nbytes *= length
-    if nbytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if nbytes < _LARGE or (scratch is None and not hasattr(mmap, "MADV_HUGEPAGE")):
         return np.zeros(shape, dtype)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = _pages(nbytes) if scratch is None else _pages_of_a_file(nbytes, scratch)
     array: NDArray[Any] = np.frombuffer(pages, np.uint8).view(dtype)
     return array.reshape(shape)
+
+
+def _pages(nbytes: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+def _pages_of_a_file(nbytes: int, directory: str) -> mmap.mmap:
+    import tempfile
+
+    with tempfile.TemporaryFile(dir=directory) as file:
+        # Not as it is written to: the system ends a process that does so when the disk is full.
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return mmap.mmap(file.fileno(), nbytes)
