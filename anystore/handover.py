@@ -67,7 +67,9 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
     try:
         importlib.import_module(library)
     except ImportError as error:
-        raise ImportError(f"handing arrays over to {library} needs it, and it cannot be imported ({error})") from error
+        raise ImportError(
+            f"handing arrays over to {library} needs it, and it cannot be imported ({error}); install {library}"
+        ) from error
     return map_leaves(lambda leaf: None if leaf is None else _hand_over(leaf, library, copy), nest)
 
 

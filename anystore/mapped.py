@@ -58,9 +58,8 @@ class Mapped:
         self._nest = nest
         if mode == "r+" and not os.path.lexists(self.directory / MANIFEST):
             self._create(entry)
-        self._maps: list[mmap.mmap] = []
         self._entry = self._expected(entry)
-        self.buffers = self._open(self._entry)
+        self._maps, self.buffers = self._open(self._entry)
 
     @property
     def capacity(self) -> int:
@@ -104,15 +103,17 @@ class Mapped:
             )
         return found
 
-    def _open(self, entry: StorageEntry) -> list[NDArray[Any]]:
+    def _open(self, entry: StorageEntry) -> tuple[list[mmap.mmap], list[NDArray[Any]]]:
+        """The memory of the files, and the buffers on it."""
         (layer,) = entry.layers
         leaves = [(layer.leaves[path].file, entry.leaves[path]) for path in self._nest.paths]
-        return [
-            self._map(NpyFile(self.directory / name, (entry.capacity, *spec.shape), spec.dtype, None))
-            for name, spec in leaves
+        found = [
+            NpyFile(self.directory / name, (entry.capacity, *spec.shape), spec.dtype, None) for name, spec in leaves
         ]
+        maps = [self._map(file) for file in found]
+        return maps, [np.ndarray(file.shape, file.dtype, memory, file.offset) for file, memory in zip(found, maps)]
 
-    def _map(self, file: NpyFile) -> NDArray[Any]:
+    def _map(self, file: NpyFile) -> mmap.mmap:
         try:
             file.check()
         except FileNotFoundError:
@@ -126,8 +127,7 @@ class Mapped:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # file systems without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        self._maps.append(memory)
-        return np.ndarray(file.shape, file.dtype, memory, file.offset)
+        return memory
 
     def flush(self) -> None:
         """Wait until what was written is on the disk.
@@ -137,15 +137,11 @@ class Mapped:
         SnapshotError
             If another has resized the storage, so that these are no longer its files.
         """
-        self._check_that_it_is_there()
-        self._sync()
-
-    def _sync(self) -> None:
+        self._check_that_none_resized_it()
         if self.mode == "r+":
-            for memory in self._maps:
-                memory.flush()
+            _sync(self._maps)
 
-    def _check_that_it_is_there(self) -> None:
+    def _check_that_none_resized_it(self) -> None:
         if mapped_entry(self.directory) != self._entry:
             raise SnapshotError(
                 f"{self.directory}: another has resized this storage since it was opened here, and what was written "
@@ -166,24 +162,27 @@ class Mapped:
         if self.mode == "r":
             raise ValueError("a storage that was opened with mode='r' cannot be resized")
         with prepared(self.directory, "mapped", wait=True):
-            self._check_that_it_is_there()
-            old, self._maps = self._maps, []
+            self._check_that_none_resized_it()
             new: StorageEntry | None = None
             try:
                 with undone_on_error(self.directory):
                     manifest = self._draft(entry)
-                    buffers = self._open(manifest.storages[_ITEMS])
+                    maps, buffers = self._open(manifest.storages[_ITEMS])
                     yield buffers
-                    self._sync()
+                    _sync(maps)
                     stage(self.directory, MANIFEST, manifest)
                 new = manifest.storages[_ITEMS]
                 commit(self.directory, MANIFEST)
             finally:
                 if new is not None and mapped_entry(self.directory) == new:
-                    self.buffers, self._entry = buffers, new
-                else:
-                    self._maps = old
+                    self._maps, self.buffers, self._entry = maps, buffers, new
             sweep(self.directory)
+
+
+def _sync(maps: list[mmap.mmap]) -> None:
+    """Wait until what was written to this memory is on the disk."""
+    for memory in maps:
+        memory.flush()
 
 
 def mapped_entry(directory: str | os.PathLike[str]) -> StorageEntry:

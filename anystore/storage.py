@@ -242,7 +242,7 @@ class Storage:
         if copy is not True:
             if copy is False and not self._backend.views(rows):
                 raise ValueError(f"{_no_view(self._backend, rows)}; pass copy=None or copy=True")
-            if type(rows) is int or self._backend.views(rows):
+            if self._backend.views(rows):
                 self._lent.ever = True
         return self._nest.pack(self._backend.gather(self._buffers, rows, copy))
 
@@ -316,8 +316,12 @@ class Storage:
         for path, array, spec, dtype in zip(self._nest.paths, arrays, self._nest.specs, self._dtypes):
             shape = lead + spec.shape
             if not self._backend.writable(array):
-                expected = f"a writable array of {self._backend.library} on {self.device}"
-                raise ValueError(f"{label(path)}: expected {expected} in out=, found a {type(array).__name__}")
+                expected = f"an array of {self._backend.library} on {self.device} that can be written to"
+                found = f"a {type(array).__name__}" + (f" on {array.device}" if hasattr(array, "device") else "")
+                raise ValueError(
+                    f"{label(path)}: expected {expected} in out=, found {found}; a read-only array, and a tensor that "
+                    "requires gradients, cannot be filled"
+                )
             if array.shape != shape:
                 raise ValueError(f"{label(path)}: expected shape {shape} in out=, found {tuple(array.shape)}")
             if array.dtype != dtype:

@@ -90,7 +90,9 @@ def _brought(leaf: _Leaf, backend: Backend) -> Any:
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise TypeError(f"{label(leaf.path)}: {error}") from error
     if tuple(array.shape) != leaf.shape:
-        raise ValueError(f"{label(leaf.path)}: expected shape {leaf.shape}, as it says, found {tuple(array.shape)}")
+        raise ValueError(
+            f"{label(leaf.path)}: the array says that its shape is {leaf.shape}, and is read as {tuple(array.shape)}"
+        )
     return array
 
 

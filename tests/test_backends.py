@@ -369,7 +369,10 @@ class TestTorch:
             store.get([1, 2], out=out)
             assert out.to(torch.complex64).real.tolist() == [[1.0] * 3] * 2
         if dtype == "float32":
-            with pytest.raises(ValueError, match="expected a writable array of torch on cpu in out="):
+            with pytest.raises(
+                ValueError,
+                match="expected an array of torch on cpu that can be written to in out=, found a Tensor on cpu",
+            ):
                 store.get([1, 2], out=torch.zeros(2, 3).to_sparse())
 
     def test_takes_tensors_of_any_layout(self):

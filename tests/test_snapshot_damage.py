@@ -234,7 +234,7 @@ class TestForged:
             (lambda node: item(node).update(capacity=2**62), "expected a capacity"),
             (lambda node: item(node).update(capacity=2**47), "expected a capacity"),
             (lambda node: item(node).update(capacity=0), "expected a capacity"),
-            (lambda node: item(node).update(capacity=True), "expected capacity to be of another type"),
+            (lambda node: item(node).update(capacity=True), "expected capacity to be of type int, found True"),
             (lambda node: item(node).update(casting="eval"), "expected a capacity and a casting"),
             (lambda node: item(node).update(rows=7), "expected at most 6 rows"),
             (lambda node: item(node).update(rows=3), "expected some of 3 rows"),

@@ -159,12 +159,12 @@ def _open(name: str, device: Any) -> Backend:
 
 
 def _make(name: str, device: Any) -> Backend:
-    if name not in _KNOWN and not _is_namespace(name):
-        raise ValueError(f"unknown backend {name!r}; there are: auto, {', '.join(_KNOWN)}")
-    if name not in _KNOWN:
+    if name in _KNOWN:
+        backend: Backend = _class_of(name).open(device)
+        return backend
+    if _is_namespace(name):
         return GenericBackend(_import(name), device)
-    backend: Backend = _class_of(name).open(device)
-    return backend
+    raise ValueError(f"unknown backend {name!r}; there are: auto, {', '.join(_KNOWN)}")
 
 
 def _is_namespace(name: str) -> bool:

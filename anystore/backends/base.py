@@ -1,6 +1,6 @@
 """What a backend is: an array library on a device, and what differs between libraries.
 
-It owes the two verbs that move data, allocation, and conversion in and out. Everything else has a default in the
+It owes the verbs that move data, allocation, and conversion in and out. Everything else has a default in the
 array API's own words or in NumPy, and may be done better by a library of its own ways.
 """
 

@@ -243,8 +243,12 @@ def _fields(node: Any, **kinds: Any) -> list[Any]:
         raise ValueError(f"expected an object with {', '.join(kinds)}, found {found!r:.80}")
     for key, kind in kinds.items():
         if not isinstance(node[key], kind) or isinstance(node[key], bool):
-            raise ValueError(f"expected {key} to be of another type, found {node[key]!r:.80}")
+            raise ValueError(f"expected {key} to be of type {_name_of(kind)}, found {node[key]!r:.80}")
     return [node[key] for key in kinds]
+
+
+def _name_of(kind: Any) -> str:
+    return " or ".join(map(_name_of, kind)) if isinstance(kind, tuple) else str(kind.__name__)
 
 
 def render(manifest: Manifest) -> bytes:

@@ -91,7 +91,7 @@ def _product(one: int, other: int) -> int:
     return product
 
 
-class _Ahead:
+class _Checksum:
     """The CRC-32 of bytes whose pieces are each worked on by a thread, so many of them at a time."""
 
     def __init__(self, threads: ThreadPoolExecutor, lead: bytes) -> None:
@@ -132,7 +132,7 @@ def write_npy(
         Called with the number of bytes of each piece that was written.
     """
     lead = header(shape, stored_dtype(dtype))
-    checksum = _Ahead(threads, lead)
+    checksum = _Checksum(threads, lead)
     fd = files.create(path)
     try:
         files.write(fd, lead)
@@ -217,7 +217,7 @@ class NpyFile:
         SnapshotError
             If the file is not as it was written; the checksum is known after the last piece.
         """
-        fd, checksum = files.open_regular(self.path), _Ahead(threads, self._header)
+        fd, checksum = files.open_regular(self.path), _Checksum(threads, self._header)
         try:
             self._check(fd)
             step = rows_at_a_time(self.row_nbytes)

@@ -91,7 +91,7 @@ def load(
     -----
     It may run while another process saves there; what is loaded is one version or the next, never parts of both.
     """
-    for attempt in range(_TRIES):
+    for _ in range(_TRIES):
         snapshot = Snapshot(path, version)
         try:
             if sampler is not None and snapshot.kind != "replay":
@@ -102,7 +102,7 @@ def load(
             return snapshot.storage(progress=progress, **options)
         except FileNotFoundError as error:
             missing = error
-            if Snapshot(path, version).id == snapshot.id or attempt == _TRIES - 1:
+            if Snapshot(path, version).id == snapshot.id:
                 break
     raise gone(missing.filename)
 

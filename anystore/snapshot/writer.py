@@ -82,10 +82,10 @@ def save_snapshot(
     keep = as_count("keep", keep, 0)
     entries = {name: storage_entry(storage) for name, storage in storages.items()}
     with prepared(path, kind) as old:
-        draft = _Draft(path, Manifest(uuid.uuid4().hex, next_version(path), kind, {}, {}, dict(state or {})))
+        manifest = Manifest(uuid.uuid4().hex, next_version(path), kind, {}, {}, dict(state or {}))
         plans = {name: _plan(name, storages[name], entry, old) for name, entry in entries.items()}
         with undone_on_error(path):
-            manifest = draft.write(storages, plans, arrays or {}, progress)
+            manifest = _with_files(manifest, path, storages, plans, arrays or {}, progress)
             keep_old(path, old, keep)
             stage(path, MANIFEST, manifest)
         commit(path, MANIFEST)
@@ -171,32 +171,35 @@ def _host(storage: Storage, buffer: Any, rows: Any) -> NDArray[Any]:
     return storage._backend.to_host(leaf)
 
 
+def _with_files(
+    manifest: Manifest,
+    path: Path,
+    storages: Mapping[str, Storage],
+    plans: Mapping[str, tuple[StorageEntry, _Rows]],
+    arrays: Mapping[str, NDArray[Any]],
+    callback: Callback | None,
+) -> Manifest:
+    """The manifest that names the files of what is to be written, once they are there."""
+    rows_nbytes = sum(rows.count * entry.row_nbytes for entry, rows in plans.values())
+    total = rows_nbytes + sum(array.nbytes for array in arrays.values())
+    with Progress("saving", total, callback) as progress, ThreadPoolExecutor(THREADS) as threads:
+        draft = _Draft(path, manifest.version, progress, threads)
+        entries = {name: draft.add_layer(name, storages[name], entry, rows) for name, (entry, rows) in plans.items()}
+        added = {name: draft.add_array(name, array) for name, array in arrays.items()}
+    return replace(manifest, storages=entries, arrays=added)
+
+
 class _Draft:
     """The files of a version that no manifest names yet."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, version: int, progress: Progress, threads: ThreadPoolExecutor) -> None:
         self._path = path
-        self._manifest = manifest
+        self._version = version
+        self._progress = progress
+        self._threads = threads
         self._taken: set[str] = set()
 
-    def write(
-        self,
-        storages: Mapping[str, Storage],
-        plans: Mapping[str, tuple[StorageEntry, _Rows]],
-        arrays: Mapping[str, NDArray[Any]],
-        callback: Callback | None,
-    ) -> Manifest:
-        """Write the files; the manifest that names them."""
-        rows_nbytes = sum(rows.count * entry.row_nbytes for entry, rows in plans.values())
-        total = rows_nbytes + sum(array.nbytes for array in arrays.values())
-        with Progress("saving", total, callback) as self._progress, ThreadPoolExecutor(THREADS) as self._threads:
-            entries = {
-                name: self._add_layer(name, storages[name], entry, rows) for name, (entry, rows) in plans.items()
-            }
-            added = {name: self._add_array(name, array) for name, array in arrays.items()}
-        return replace(self._manifest, storages=entries, arrays=added)
-
-    def _add_layer(self, name: str, storage: Storage, entry: StorageEntry, rows: _Rows) -> StorageEntry:
+    def add_layer(self, name: str, storage: Storage, entry: StorageEntry, rows: _Rows) -> StorageEntry:
         if rows.count == 0 and entry.layers:
             return entry
         index, last = None, rows.count + (rows.start or 0)
@@ -215,12 +218,12 @@ class _Draft:
         pieces = (_host(storage, buffer, piece) for piece in rows.pieces(rows_at_a_time(spec.nbytes)))
         return self._write(parts, (rows.count, *spec.shape), spec.dtype, pieces, self._progress.advance)
 
-    def _add_array(self, name: str, array: NDArray[Any]) -> ArrayEntry:
+    def add_array(self, name: str, array: NDArray[Any]) -> ArrayEntry:
         step = rows_at_a_time(array[:1].nbytes) if array.ndim else 1
         pieces = (array[start : start + step] for start in range(0, len(array), step)) if array.ndim else [array]
         file = self._write(["array", name], array.shape, array.dtype, pieces, self._progress.advance)
         return ArrayEntry(file, array.shape, array.dtype)
 
     def _write(self, parts: Sequence[str], shape: Any, dtype: Any, pieces: Any, advance: Any) -> File:
-        name = file_name(self._manifest.version, parts, self._taken)
+        name = file_name(self._version, parts, self._taken)
         return File(name, write_npy(self._path / name, shape, dtype, pieces, advance, self._threads))
