@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore.backends import select_backend
 from anystore.convert import is_array, library_of, on_gpu, to_numpy
 from anystore.nests import map_leaves
 from anystore.specs import as_dtype, is_extension
@@ -21,7 +22,7 @@ _ALIGNMENT = 64
 """What XLA, which is in JAX and TensorFlow, expects of an address."""
 
 
-def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
+def to_library(nest: Any, library: str, *, copy: bool | None = False, device: Any = None) -> Any:
     """A batch in the arrays of another library: zero-copy, through DLPack.
 
     Parameters
@@ -29,10 +30,13 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
     nest : nest of arrays
         What `Storage.get` or `ReplayBuffer.sample` returns, or any nest of arrays of any libraries. None stays None.
     library : {"numpy", "torch", "jax", "tensorflow", "cupy"}
-        Whose arrays to return. Each leaf stays on the device that it is on.
+        Whose arrays to return.
     copy : bool or None, default False
         False: the memory is shared. True: it is not. None: it is shared where it can be. (As in the array API
         standard.) A copy goes through main memory if there is no other way.
+    device : str or device object, optional
+        Where the arrays are to be, as for `select_backend`; those that are elsewhere are copied there, and False for
+        `copy` is None then. By default each leaf stays on the device that it is on.
 
     Returns
     -------
@@ -42,8 +46,8 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
     Raises
     ------
     ValueError
-        If the library is unknown; if memory cannot be shared and `copy` is False; if the library cannot hold the dtype.
-        The message has the path of the leaf, and why.
+        If the library or its device is unknown; if memory cannot be shared and `copy` is False; if the library cannot
+        hold the dtype. The message has the path of the leaf, and why.
     ImportError
         If the library is not installed.
 
@@ -70,7 +74,17 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False) -> Any:
         raise ImportError(
             f"handing arrays over to {library} needs it, and it cannot be imported ({error}); install {library}"
         ) from error
-    return map_leaves(lambda leaf: None if leaf is None else _hand_over(leaf, library, copy), nest)
+    if device is None:
+        return map_leaves(lambda leaf: None if leaf is None else _hand_over(leaf, library, copy), nest)
+    if library == "tensorflow":
+        raise ValueError("expected no device= for tensorflow, which has no backend here; use tf.device")
+    there, copy = select_backend(library, device), copy or None
+
+    def brought(leaf: Any) -> Any:
+        array = _hand_over(leaf, library, copy)
+        return there.move(array, array.dtype)
+
+    return map_leaves(lambda leaf: None if leaf is None else brought(leaf), nest)
 
 
 def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -183,6 +185,34 @@ class TestToLibrary:
             with pytest.raises(ValueError, match="^x: torch cannot hold .*"):
                 to_library({"x": array}, "torch", copy=True)
 
+    def test_a_device(self):
+        torch = pytest.importorskip("torch")
+        found = to_library({"x": np.arange(3)[::-1]}, "torch", device="cpu")
+        assert found["x"].device == torch.device("cpu")
+        assert found["x"].tolist() == [2, 1, 0]
+        with pytest.raises(ValueError, match="torch has no device 'cuda:77' here; there are: cpu"):
+            to_library({"x": np.arange(3)}, "torch", device="cuda:77")
+
+    def test_a_device_of_jax(self):
+        pytest.importorskip("jax")
+        program = textwrap.dedent(
+            """
+            import numpy as np
+            from anystore import ArraySpec, to_library
+            from anystore.replay import ReplayBuffer
+            found = to_library({"x": np.arange(3, dtype=np.int32)}, "jax", device="cpu:1")
+            buffer = ReplayBuffer({"x": ArraySpec((2,), "float32")}, 10, seed=0)
+            buffer.extend({"x": np.ones((10, 2), np.float32)})
+            (sample,) = buffer.batches(4, to="jax", device="cpu:1", count=1)
+            for array in (found["x"], sample.items["x"]):
+                (device,) = array.devices()
+                print(device.id, array.shape, type(sample.rows).__name__)
+            """
+        )
+        environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        printed = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
+        assert printed == "1 (3,) ndarray\n1 (4, 2) ndarray\n"
+
     def test_big_endian(self):
         pytest.importorskip("torch")
         self.refuse(np.arange(3, dtype=">i4"), "torch", "BufferError: .*byte order.*")
@@ -213,6 +243,18 @@ class TestCupyOnAStandIn:
             assert found.tolist() == [0, 1, 2]
         assert to_library(array, "cupy") is array
         assert to_library(array, "cupy", copy=True) is not array
+
+    def test_a_device_is_where_all_of_it_is_then(self):
+        with self.cupy.cuda.Device(1):
+            there = self.cupy.asarray(np.arange(2))
+        nest = {"host": np.arange(3), "here": self.cupy.asarray(np.arange(4)), "there": there, "none": None}
+        for copy in (False, None):
+            found = to_library(nest, "cupy", device="cuda:1", copy=copy)
+            assert [found[key].device.id for key in ("host", "here", "there")] == [1, 1, 1]
+            assert [found[key].get().tolist() for key in ("host", "here")] == [[0, 1, 2], [0, 1, 2, 3]]
+            assert found["there"] is there
+            assert found["none"] is None
+        assert to_library(nest, "cupy", device="cuda:1", copy=True)["there"] is not there
 
 
 def test_no_array_ends_the_process():

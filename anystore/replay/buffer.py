@@ -602,6 +602,7 @@ class ReplayBuffer:
         prefetch: int = 2,
         to: str | None = None,
         copy: bool | None = None,
+        device: Any = None,
         count: int | None = None,
         **options: Any,
     ) -> Batches:
@@ -611,9 +612,9 @@ class ReplayBuffer:
         ----------
         batch_size : int
             How many items each has.
-        prefetch, to, copy, count
-            As for `Batches`: how many are drawn ahead, in the arrays of which library they are handed over, and how
-            many there are.
+        prefetch, to, copy, device, count
+            As for `Batches`: how many are drawn ahead, in the arrays of which library and on which device they are
+            handed over, and how many there are.
         **options
             Those of `sample`.
 
@@ -623,7 +624,7 @@ class ReplayBuffer:
             An iterator of `Sample`.
         """
         batch_size = as_count("batch_size", batch_size)
-        return Batches(self, batch_size, prefetch=prefetch, to=to, copy=copy, count=count, **options)
+        return Batches(self, batch_size, prefetch=prefetch, to=to, copy=copy, device=device, count=count, **options)
 
     def update_priorities(self, rows: Array, priorities: Any) -> int:
         """Give items that were sampled new priorities; those that are gone since are left out.

@@ -47,6 +47,8 @@ class Batches(Iterator[Any]):
         buffer, stay in its own.
     copy : bool or None, default None
         As in `to_library`; None shares memory where it can be.
+    device : str or device object, optional
+        As in `to_library`, with `to`: where to hand the arrays over, by default where the buffer has them.
     count : int, optional
         How many batches there are; None for no end.
     **options
@@ -55,7 +57,7 @@ class Batches(Iterator[Any]):
     Raises
     ------
     ValueError
-        If `prefetch` or `count` is no integer of 0 or more, or `to` is no library that is known.
+        If `prefetch` or `count` is no integer of 0 or more, `to` is no library that is known or lacks the device.
     ImportError
         If the library is not installed.
     TypeError
@@ -100,6 +102,7 @@ class Batches(Iterator[Any]):
         prefetch: int = 2,
         to: str | None = None,
         copy: bool | None = None,
+        device: Any = None,
         count: int | None = None,
         **options: Any,
     ) -> None:
@@ -108,9 +111,11 @@ class Batches(Iterator[Any]):
         inspect.signature(buffer.sample).bind(batch_size, **options)  # refuses what `sample` does not take, at once
         draw: Callable[[], Any] = functools.partial(buffer.sample, batch_size, **options)
         self._hand_over: Callable[[Any], Any] | None = None
+        if to is None and device is not None:
+            raise ValueError(f"expected to= with device={device!r}: the library whose arrays to hand over there")
         if to is not None:
-            to_library([], to)  # which refuses an unknown library here and now
-            hand_over = functools.partial(_hand_over, library=to, copy=copy)
+            to_library([], to, device=device)  # which refuses what is unknown here and now
+            hand_over = functools.partial(_hand_over, library=to, copy=copy, device=device)
             if _is_on_gpu(buffer):
                 self._hand_over = hand_over
             else:
@@ -260,14 +265,14 @@ def _drawn(draw: Callable[[], Any], hand_over: Callable[[Any], Any]) -> Any:
     return hand_over(draw())
 
 
-def _hand_over(sample: Any, library: str, copy: bool | None) -> Any:
+def _hand_over(sample: Any, library: str, copy: bool | None, device: Any) -> Any:
     """The sample in the arrays of a library, but for its rows."""
     if not dataclasses.is_dataclass(sample):
-        return to_library(sample, library, copy=copy)
+        return to_library(sample, library, copy=copy, device=device)
     fields = _given(sample)
     # They are for the buffer alone, and of a dtype that not every library has (JAX has no int64).
     fields.pop("rows", None)
-    return dataclasses.replace(sample, **to_library(fields, library, copy=copy))  # type: ignore[type-var]
+    return dataclasses.replace(sample, **to_library(fields, library, copy=copy, device=device))  # type: ignore[type-var]
 
 
 def _given(sample: Any) -> dict[str, Any]:
@@ -365,7 +370,7 @@ def tf_dataset(buffer: Any, batch_size: int, **options: Any) -> Any:
     -----
     One sample is drawn at once, from which the shapes and dtypes are read.
     """
-    for name in ("to", "copy"):
+    for name in ("to", "copy", "device"):
         if name in options:
             raise TypeError(f"a tf.data.Dataset copies into tensors of its own; {name}= has no place here")
     tf = _import("tensorflow", "tensorflow")
