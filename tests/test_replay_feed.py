@@ -408,7 +408,7 @@ class TestStreams:
         with stand_in.installed(monkeypatch) as cupy:
             threads = []
 
-            def hand_over(nest, library, *, copy=False):
+            def hand_over(nest, library, **_):
                 threads.append(threading.current_thread())
                 return nest
 

@@ -22,12 +22,11 @@ class TestTensorflow:
         array[0, 1] = 7
         assert tensor.numpy()[0, 1] == 7
 
-    def test_a_device_is_left_to_tensorflow() -> None:
-    with pytest.raises(ValueError, match="expected no device= for tensorflow"):
-        to_library({"x": np.arange(3)}, "tensorflow", device="cpu")
+    def test_a_device_is_left_to_tensorflow(self):
+        with pytest.raises(ValueError, match="expected no device= for tensorflow"):
+            to_library({"x": np.arange(3)}, "tensorflow", device="cpu")
 
-
-def test_the_library_s_own(self):
+    def test_the_library_s_own(self):
         tensor = tf.constant([1, 2])
         assert to_library(tensor, "tensorflow") is tensor
         assert to_library(tensor, "tensorflow", copy=True) is not tensor
