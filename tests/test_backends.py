@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -219,15 +218,23 @@ class TestDisk:
         assert os.listdir(tmp_path) == []
 
     def test_warns_of_what_the_disk_has_not(self, options, monkeypatch):
-        usage = shutil.disk_usage("/")
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_bavail=10, f_frsize=100))
         with pytest.warns(RuntimeWarning, match=r"4,505,600 bytes when it is full; 1,000 bytes are free on disk:"):
             Storage(self.SPEC, self.ROWS, **options)
+
+    def test_a_directory_that_is_gone(self, tmp_path):
+        directory = tmp_path / "gone"
+        directory.mkdir()
+        backend = select_backend("numpy", f"disk:{directory}")
+        directory.rmdir()
+        with pytest.raises(MemoryError, match=r"^the item: 4,505,600 bytes cannot be allocated on disk:.*No such file"):
+            Storage(self.SPEC, self.ROWS, backend=backend)
 
     def test_is_one_backend_for_each_directory(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         backend = select_backend("numpy", f"disk:{tmp_path}")
         assert backend is select_backend("numpy", "disk:.") is select_backend(backend)
+        assert backend is select_backend("auto", f" Disk:{tmp_path}")
         assert backend is not select_backend("numpy")
         assert pickle.loads(pickle.dumps(backend)) is backend
 
@@ -272,6 +279,62 @@ class TestJax:
         with pytest.raises(TypeError, match="cannot be written to within jax.jit"):
             write(jax.numpy.ones(2))
         assert store.get(...)["b"].tolist() == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("transformation", ["grad", "vmap", "jit", "jvp"])
+    @pytest.mark.parametrize("index", [0, [0, 1], slice(0, 2)], ids=str)
+    @pytest.mark.parametrize("traced", ["a", "b"])
+    def test_a_tracer_is_refused_by_its_leaf(self, transformation, index, traced):
+        """Also where every leaf is of the shape and dtype of one that was written before."""
+        jax = pytest.importorskip("jax")
+        spec = {"a": ArraySpec((2,), "float32"), "b": ArraySpec((), "float32")}
+        store = Storage(spec, 4, backend="jax", device="cpu")
+        item = {"a": jax.numpy.ones(2), "b": jax.numpy.asarray(3.0)}
+        store.set(index, item)
+        before = store.get(...)
+
+        def write(x):
+            there = {"a": x * jax.numpy.ones(2), "b": x}
+            store.set(index, {**item, traced: there[traced]})
+            return x * x
+
+        call = {
+            "grad": lambda: jax.grad(write)(2.0),
+            "vmap": lambda: jax.vmap(write)(jax.numpy.ones(3)),
+            "jit": lambda: jax.jit(write)(2.0),
+            "jvp": lambda: jax.jvp(write, (2.0,), (1.0,)),
+        }[transformation]
+        with pytest.raises(TypeError, match=f"^{traced}: a storage cannot be written to within jax.jit"):
+            call()
+        assert all((store.get(...)[key] == before[key]).all() for key in "ab")
+        store.set(index, item)
+
+    def test_takes_an_array_that_looks_like_one_of_jax(self, store):
+        class Alike:
+            shape, dtype = (2,), np.dtype("float32")
+            aval = store.get(0)["a"].aval
+
+            def __array__(self, dtype=None, copy=None):
+                return np.array([7, 8], np.float32)
+
+        for value in (store.get(1)["a"], Alike()):
+            store.set(0, {"a": value, "b": store.get(0)["b"]})
+        assert store.get(0)["a"].tolist() == [7, 8]
+
+    @pytest.mark.parametrize("paths", [("a",), ("b", "a"), ("a", "b")])
+    def test_what_was_handed_out_is_copied_once(self, store, paths, monkeypatch):
+        """As long as it can come back as a value that must not be given away while it is read."""
+        import jax
+
+        selection, copies = store.select(*paths), []
+        value = selection.get(0)
+        buffers = store.buffers
+        copy = jax.numpy.copy
+        monkeypatch.setattr(jax.numpy, "copy", lambda array: copies.append(1) or copy(array))
+        selection.set(..., {path: buffers[path] for path in paths} if len(paths) > 1 else buffers[paths[0]])
+        assert len(copies) == len(paths)
+        selection.set(0, value)
+        store.set(0, store.get(1)) if len(paths) == 2 else None
+        assert len(copies) == len(paths)
 
     def test_a_read_within_jit_is_refused(self, store):
         """It would be that of the time of the trace for ever."""

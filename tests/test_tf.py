@@ -834,3 +834,30 @@ def test_a_storage_takes_tensors() -> None:
     assert store.get(tf.constant(3))["a"].tolist() == [3.0, 4.0]
     with pytest.raises(TypeError, match="^a: expected float32, found complex64"):
         store.set(0, {"a": tf.zeros(2, tf.complex64)})
+
+
+@pytest.mark.parametrize("backend", ["numpy", "jax"])
+def test_a_selection_follows_where_a_restore_makes_and_unmakes_leaves(tmp_path: Path, backend: str) -> None:
+    """A checkpoint of a storage that has one buffer and has not made the other yet."""
+    pytest.importorskip(backend)
+    spec = {"a": ArraySpec((), "float32"), "b": ArraySpec((), "int32")}
+
+    def checkpoint(storage: NumpyStorage, name: str) -> str:
+        return tf.train.Checkpoint(storage=storage).save(str(tmp_path / name))
+
+    def restore(storage: NumpyStorage, saved: str) -> None:
+        tf.train.Checkpoint(storage=storage).restore(saved).expect_partial()
+
+    one = NumpyStorage({"a": spec["a"]}, 3, backend=backend)
+    one.set(0, {"a": 7.0})
+    half = NumpyStorage(spec, 3, backend=backend)
+    restore(half, checkpoint(one, "one"))
+    store = NumpyStorage(spec, 3, backend=backend)
+    store.set(1, {"a": 1.0, "b": 1})
+    selection = store.storage.select("a")
+    restore(store, checkpoint(half, "half"))
+    store.set(2, {"a": 5.0, "b": 5})
+    assert np.asarray(selection.get(...)).tolist() == [7.0, 0.0, 5.0]
+    selection.set(1, 6.0)
+    assert np.asarray(store.get(...)["a"]).tolist() == [7.0, 6.0, 5.0]
+    assert np.asarray(store.get(...)["b"]).tolist() == [0, 0, 5]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from anystore.backends.base import Backend, parse_device
+from anystore.backends.base import Backend, is_disk, parse_device
 from anystore.backends.generic import GenericBackend
 from anystore.convert import is_array, library_of
 
@@ -69,7 +69,8 @@ def select_backend(backend: Any = "numpy", device: Any = None) -> Backend:
     device : str or device object, optional
         "cpu", "cuda", "cuda:1" ("gpu" says the same as "cuda"), or an object of the library's own. None stands for
         the library's default device, or that of the array. For NumPy also "disk:" and a directory, such as
-        "disk:/scratch": large buffers are in files there, which have no names and are gone with the storage.
+        "disk:/scratch": buffers of 4 MiB or more are in files there, which have no names and are gone with the storage.
+        A process that is forked off shares these files and nothing else: only one of the two may go on to use it.
 
     Returns
     -------
@@ -128,7 +129,7 @@ def _info(name: str) -> BackendInfo:
 
 def _automatic(device: Any) -> str:
     """The name that "auto" stands for."""
-    if device is not None and isinstance(device, str) and parse_device(device)[0] == "cpu":
+    if isinstance(device, str) and (is_disk(device) or parse_device(device)[0] == "cpu"):
         return "numpy"
     return "cupy" if _info("cupy").usable else "numpy"
 

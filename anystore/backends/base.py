@@ -283,6 +283,11 @@ def parse_device(device: str) -> tuple[str, int | None]:
     return kind, None if match[2] is None else int(match[2])
 
 
+def is_disk(device: str) -> bool:
+    """Whether a device is a directory on a disk, such as "disk:/scratch"."""
+    return device.partition(":")[0].strip().lower() == "disk"
+
+
 def spell_device(kind: str, number: int) -> str:
     """The one spelling of a device."""
     kind = "cuda" if kind == "gpu" else kind

@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,30 +31,49 @@ class _Held:
     def __init__(self, arrays: list[jax.Array]) -> None:
         self.arrays = arrays
         self.lent = False
-        """Whether one was handed out, which can come back as a value until all are replaced."""
+        """Whether one may have been handed out since all were replaced."""
 
 
-class _Cell(NamedTuple):
+class _Cell:
     """The place of one of them."""
 
-    held: _Held
-    position: int
+    __slots__ = ("held", "lent", "position")
+
+    def __init__(self, held: _Held, position: int) -> None:
+        self.held = held
+        self.position = position
+        self.lent = False
+        """Whether the array was handed out, so that it, or another on its memory, can come back as a value."""
+
+    @property
+    def array(self) -> jax.Array:
+        return self.held.arrays[self.position]
 
 
 class _Cells(list[_Cell]):
-    """The places of a storage or a selection, in one `_Held`."""
+    """The places of a storage, or of a selection."""
 
-    def __init__(self, held: _Held, positions: list[int]) -> None:
-        super().__init__(_Cell(held, position) for position in positions)
-        self.held = held
-        self.positions = None if positions == list(range(len(held.arrays))) else positions
-        """Which of the arrays these are; None for all of them."""
+    def __init__(self, cells: Sequence[_Cell]) -> None:
+        super().__init__(cells)
+        held, places = cells[0].held, [(cell.held, cell.position) for cell in cells]
+        self.whole = held if places == [(held, position) for position in range(len(held.arrays))] else None
+        """What they are all the places of, if it is one storage."""
+        self.classes = [type(cell.array) for cell in cells]
         self.taken: Any = None
         """What was last seen to fit: the leading shape and the avals of the leaves."""
 
     def arrays(self) -> list[jax.Array]:
-        arrays = self.held.arrays
-        return arrays if self.positions is None else [arrays[position] for position in self.positions]
+        return [cell.array for cell in self] if self.whole is None else self.whole.arrays
+
+    def lent(self) -> bool:
+        return any(cell.lent for cell in self) if self.whole is None else self.whole.lent
+
+    def take_back(self) -> None:
+        """Now that there are others: the arrays that were handed out are none of these."""
+        for cell in self:
+            cell.lent = False
+        if self.whole is not None:
+            self.whole.lent = False
 
     def replace(self, written: Iterator[list[jax.Array]]) -> None:
         """Have the arrays that the one item of `written` is, once it is made, in place of those that it gives away.
@@ -61,10 +81,11 @@ class _Cells(list[_Cell]):
         No signal is handled between the two, as it would be after a call: an interrupt comes before the old arrays are
         gone or when the new ones are there.
         """
-        if self.positions is None:
-            (self.held.arrays,) = written
+        if self.whole is not None:
+            (self.whole.arrays,) = written
         else:
-            _exhaust(map(self.held.arrays.__setitem__, self.positions, itertools.chain.from_iterable(written)))
+            lists, positions = [cell.held.arrays for cell in self], [cell.position for cell in self]
+            _exhaust(map(operator.setitem, lists, positions, itertools.chain.from_iterable(written)))
 
 
 class JaxBackend(Backend):
@@ -131,11 +152,12 @@ class JaxBackend(Backend):
     def together(self, buffers: Sequence[_Cell]) -> _Cells:
         if isinstance(buffers, _Cells):
             return buffers
-        if len({id(held) for held, _ in buffers}) == 1:
-            return _Cells(buffers[0].held, [position for _, position in buffers])
-        whole = _Held([held.arrays[position] for held, position in buffers])
-        whole.lent = any(held.lent for held, _ in buffers)
-        return _Cells(whole, list(range(len(buffers))))
+        if any(cell.held is not buffers[0].held for cell in buffers):
+            held = _Held([cell.array for cell in buffers])
+            for position, cell in enumerate(buffers):
+                held.lent |= cell.lent
+                cell.held, cell.position = held, position
+        return _Cells(buffers)
 
     def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
         arrays = self.together(buffers).arrays()
@@ -152,8 +174,8 @@ class JaxBackend(Backend):
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         cells = self.together(buffers)
-        arrays = cells.arrays()
-        if cells.held.lent:
+        arrays, lent = cells.arrays(), cells.lent()
+        if lent:
             # Memory cannot be given away and read in one call, and there may be other arrays on that of a buffer.
             leaves = [jnp.copy(leaf) for leaf in leaves]
         written: Iterator[list[jax.Array]]
@@ -173,15 +195,14 @@ class JaxBackend(Backend):
         if isinstance(cells.arrays()[0], jax.core.Tracer):
             cells.replace(iter([arrays]))
             raise _traced("written to")
-        if cells.positions is None:
-            cells.held.lent = False
+        if lent:
+            cells.take_back()
 
     def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
         cells, lead = self.together(buffers), leading_shape(rows)
-        try:
-            taken = lead, [leaf.aval for leaf in leaves]
-        except AttributeError:
+        if list(map(type, leaves)) != cells.classes:  # such as tracers, whose avals are those of arrays
             return False
+        taken = lead, [leaf.aval for leaf in leaves]
         if taken != cells.taken:
             if not all(_fits(leaf, array, lead) for leaf, array in zip(leaves, cells.arrays())):
                 return False
@@ -215,9 +236,8 @@ class JaxBackend(Backend):
         return moved
 
     def array(self, buffer: _Cell) -> jax.Array:
-        held, position = buffer
-        held.lent = True
-        return held.arrays[position]
+        buffer.lent = buffer.held.lent = True
+        return buffer.array
 
     def chosen(self, mask: jax.Array) -> jax.Array:
         positions = np.flatnonzero(mask)
@@ -328,10 +348,10 @@ _config: Any = jax.config  # whose types do not list the settings
 _exhaust = collections.deque[None](maxlen=0).extend
 
 
-def _fits(leaf: Any, array: jax.Array, lead: tuple[int, ...]) -> bool:
-    """Whether a leaf is an array of JAX, and no tracer, of the dtype of the buffer and the shape of rows or an item."""
+def _fits(leaf: jax.Array, array: jax.Array, lead: tuple[int, ...]) -> bool:
+    """Whether a leaf is of the dtype of the buffer and the shape of the rows or of one item."""
     shape = array.shape[1:]
-    return type(leaf) is type(array) and leaf.dtype == array.dtype and leaf.shape in (shape, lead + shape)
+    return bool(leaf.dtype == array.dtype) and leaf.shape in (shape, lead + shape)
 
 
 def _traced(done: str) -> TypeError:

@@ -6,7 +6,6 @@ import functools
 import importlib
 import mmap
 import os
-import shutil
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -15,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore import moves
-from anystore.backends.base import Array, Backend, host_memory, resolve_device
+from anystore.backends.base import Array, Backend, host_memory, is_disk, resolve_device
 from anystore.backends.random import NumpyRandom, Random
 from anystore.moves import basic_index
 from anystore.rows import Rows
 
 _LARGE = 1 << 22
 """From this many bytes on, buffers are in huge pages, or on the disk."""
-_ON_DISK = "disk:"
 
 
 class NumpyBackend(Backend):
@@ -32,16 +30,17 @@ class NumpyBackend(Backend):
     -----
     With the device "disk:/scratch", buffers of 4 MiB or more are in files of that directory that are memory-mapped and
     have no names: they may be larger than the memory, and are gone with the storage, or with the process, however it
-    ends. Their room on the disk is taken at once. A process that is forked off shares them.
+    ends. Their room on the disk is taken at once, and each holds a file open. A process that is forked off shares these
+    files and nothing else of the storage, which only one of the two may go on to use.
     """
 
     name = library = "numpy"
 
     def __init__(self, device: Any = None) -> None:
         device = "cpu" if device is None else str(device)
-        self._scratch = _directory(device) if device.startswith(_ON_DISK) else None
+        self._scratch = _directory(device) if is_disk(device) else None
         on_disk = self._scratch is not None
-        self.device = f"{_ON_DISK}{self._scratch}" if on_disk else resolve_device(device, self.devices(), "NumPy")
+        self.device = f"disk:{self._scratch}" if on_disk else resolve_device(device, self.devices(), "NumPy")
 
     @property
     def xp(self) -> ModuleType:
@@ -62,7 +61,13 @@ class NumpyBackend(Backend):
         return self._scratch is not None
 
     def free_memory(self) -> int | None:
-        return host_memory() if self._scratch is None else shutil.disk_usage(self._scratch).free
+        if self._scratch is None:
+            return host_memory()
+        try:
+            disk = os.statvfs(self._scratch)
+            return disk.f_bavail * disk.f_frsize
+        except OSError:  # which allocation then tells of
+            return None
 
     def gather(self, buffers: Sequence[NDArray[Any]], rows: Rows, copy: bool | None) -> list[Array]:
         if copy or type(rows) is np.ndarray:
@@ -103,9 +108,9 @@ class NumpyBackend(Backend):
 
 
 def _directory(device: str) -> str:
-    directory = device.removeprefix(_ON_DISK)
+    directory = device.partition(":")[2]
     if not os.path.isdir(directory):
-        raise ValueError(f"expected {_ON_DISK!r} and a directory that is there, found {device!r}")
+        raise ValueError(f"expected 'disk:' and a directory that is there, found {device!r}")
     return os.path.abspath(directory)
 
 
