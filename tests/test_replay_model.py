@@ -131,14 +131,22 @@ class ReplayModel(RuleBasedStateMachine):
         self.buffer.add(together(items) if self.lanes > 1 else items[0])
         self.note(added)
 
-    @rule(data=st.data(), named_by=st.sampled_from(["list", "array", "mask"]))
-    def extend_some_lanes(self, data: st.DataObject, named_by: str) -> None:
+    @rule(
+        data=st.data(),
+        steps=st.one_of(st.just(1), st.integers(1, 25)),
+        named_by=st.sampled_from(["list", "array", "mask", "int"]),
+    )
+    def extend_some_lanes(self, data: st.DataObject, steps: int, named_by: str) -> None:
         lanes = data.draw(st.lists(st.sampled_from(range(self.lanes)), min_size=1, unique=True))
-        lanes = sorted(lanes) if named_by == "mask" else lanes
-        added = self.steps(lanes, self.ends(data, len(lanes)))
-        named = lanes if named_by == "list" else np.array(lanes, np.int32)
+        lanes = sorted(lanes) if named_by == "mask" else lanes[:1] if named_by == "int" else lanes
+        added = []
+        for _ in range(1 if self.compiles else steps):
+            added += self.steps(lanes, self.ends(data, len(lanes)))
+        named: Any = lanes if named_by == "list" else np.array(lanes, np.int32)
         if named_by == "mask":
             named = np.isin(np.arange(self.lanes), lanes)
+        elif named_by == "int":
+            (named,) = lanes
         self.buffer.extend(part(together([item for _, item in added]), self.layout), lanes=named)
         self.note(added)
 

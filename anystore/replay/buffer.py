@@ -330,8 +330,9 @@ class ReplayBuffer:
         batch : nest
             As `Storage.set` takes it: each leaf has an axis of items in front, any number of them. With several lanes
             that is whole steps, an item of each lane in turn.
-        lanes : sequence of int, or mask over the lanes, optional
-            For a step of some of the lanes: those that the items are of, one for each item.
+        lanes : int, sequence of int, or mask over the lanes, optional
+            For steps of some of the lanes: those that the items are of, in turn. With an int they are successive items
+            of that lane.
 
         Raises
         ------
@@ -342,7 +343,8 @@ class ReplayBuffer:
         try:
             with self.lock, self._backend.stream():
                 of_items = self._lanes.of_batch(count, lanes)
-                for part, number in self._layout.admit(batch, count):
+                in_turn = self._lanes.count if of_items is None else len(of_items)
+                for part, number in self._layout.admit(batch, count, in_turn):
                     self._layout.write(part, number, of_items)
                     self._lanes.added(number, of_items)
                     self._advance(number)

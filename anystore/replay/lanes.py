@@ -48,12 +48,12 @@ class Lanes:
         return self._distances is None
 
     def of_batch(self, count: int, lanes: Any) -> NDArray[np.intp] | None:
-        """The lane of each of `count` items, as the user named them; None for whole steps.
+        """The lanes that `count` items are of in turn, as the user named them; None for all.
 
         Raises
         ------
         ValueError
-            If the items are no whole steps, or the lanes are not among those of the buffer, each once.
+            If the items are no whole steps of these lanes, or the lanes are not among those of the buffer, each once.
         """
         if lanes is None:
             if count % self.count:
@@ -63,12 +63,12 @@ class Lanes:
                 )
             return None
         named = self.named(lanes)
-        if len(named) != count:
-            raise ValueError(f"expected a lane for each of {count} items, found {len(named)} lanes")
-        return None if np.array_equal(named, np.arange(self.count)) else named
+        if count % len(named) if len(named) else count:
+            raise ValueError(f"expected items of these {len(named)} lane(s) in turn, found {count}")
+        return None if len(named) == 0 or np.array_equal(named, np.arange(self.count)) else named
 
     def named(self, lanes: Any) -> NDArray[np.intp]:
-        """The lanes that a user named: by integers, each once, or by a mask over all; None for all.
+        """The lanes that a user named: by an int, by integers, each once, or by a mask over all; None for all.
 
         Raises
         ------
@@ -77,7 +77,7 @@ class Lanes:
         """
         if lanes is None:
             return np.arange(self.count)
-        named = np.asarray(lanes)
+        named = np.atleast_1d(lanes)
         if named.dtype == np.bool_ and named.shape == (self.count,):
             return np.flatnonzero(named)
         if named.size == 0:
@@ -88,7 +88,7 @@ class Lanes:
                 f"{named.shape}"
             )
         if named.min() < 0 or named.max() >= self.count or len(np.unique(named)) < len(named):
-            raise ValueError(f"expected lanes from 0 to {self.count - 1}, each of them once, found {named.tolist()}")
+            raise ValueError(f"expected lanes from 0 to {self.count - 1}, each of them once, found {named.tolist()!r:.80}")
         return named.astype(np.intp)
 
     def newest(self, lanes: NDArray[np.intp] | None = None) -> NDArray[np.int64]:
@@ -107,8 +107,10 @@ class Lanes:
                 return
             self._keep_distances()
         lanes = np.arange(self.count) if lanes is None else lanes
-        for start in range(0, count, len(lanes)):
-            self._note(np.arange(len(lanes)) + self._ring.total + start, lanes)
+        numbers = self._ring.total + np.arange(count)
+        previous = np.concatenate([self._newest[lanes], numbers])[:count]
+        self._newest[lanes] = numbers[-len(lanes) :]
+        self._note(numbers[-self._ring.capacity :], previous[-self._ring.capacity :])
 
     def ahead(self, places: Array) -> tuple[Array, Array]:
         """The places of the next items of the same lanes, and whether there are such; else the places as they are."""
@@ -152,17 +154,17 @@ class Lanes:
             values = {"ahead": ahead, "behind": np.full(items.size, self.count)}
             distances.set(items % self._ring.capacity, {k: v.astype(np.int32) for k, v in values.items()})
 
-    def _note(self, numbers: NDArray[np.int64], lanes: NDArray[np.intp]) -> None:
-        """One item of each of these lanes, of these numbers."""
+    def _note(self, numbers: NDArray[np.int64], previous: NDArray[np.int64]) -> None:
+        """Items of these numbers, and what the previous one of the lane is for each; -1 for none."""
         assert self._distances is not None
-        previous, capacity = self._newest[lanes], self._ring.capacity
+        capacity = self._ring.capacity
         linked = previous > max(-1, numbers[-1] - capacity)  # and not overwritten by one of these items
         distance = np.where(linked, numbers - previous, 0).astype(np.int32)
         self._distances.set(numbers % capacity, {"ahead": np.zeros_like(distance), "behind": distance})
-        # For items without a previous one their own 0 once more: always one shape, for libraries that compile.
+        # For items without a previous one their own 0 once more, before the distance of what follows them is written:
+        # always one shape, for libraries that compile.
         rows = np.where(linked, previous, numbers) % capacity
         self._ahead.set(rows, distance)
-        self._newest[lanes] = numbers
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes, but for the distances."""

@@ -53,8 +53,8 @@ class Plain:
         """Whether it is told where episodes end."""
         return self._ends is not None
 
-    def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
-        """A batch as `write` takes it, in parts that are written one after the other, with the items of each.
+    def admit(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
+        """A batch of items of so many lanes in turn, in parts that `write` takes one after the other, with their items.
 
         Raises
         ------

@@ -148,11 +148,11 @@ class Shared(Plain):
 
     # Writing --------------------------------------------------------------------------------------------------------
 
-    def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
+    def admit(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
         leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(batch, (count,)))))
         parts = self._apart(leaves)
         # As many whole steps at a time as there are rows, so that no item is overwritten by its own batch.
-        most = self._ring.capacity // self._lanes.count * self._lanes.count
+        most = self._ring.capacity // lanes * lanes
         slices = [slice(start, min(count, start + most)) for start in range(0, count, most)]
         return [(parts.at(each), each.stop - each.start) for each in slices]
 
