@@ -10,8 +10,7 @@ import sys
 import threading
 import traceback
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,8 +27,7 @@ WAIT = 60
 AHEAD = [0, 1, 2, 5]
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     items: Any
     rows: Any
     weights: Any = None
@@ -529,3 +527,18 @@ if __name__ == "__main__":
         feed._torch_dataset_class.cache_clear()
         with pytest.raises(ImportError, match=r"this data set needs torch, .*; pip install 'anystore\[torch\]'"):
             torch_dataset(Numbers(), 3)
+
+
+def test_a_sample_is_a_nest_to_other_libraries():
+    jax = pytest.importorskip("jax")
+    torch = pytest.importorskip("torch")
+    buffer = filled("numpy", sampler=Prioritized())
+    sample = buffer.sample(8)
+    total = jax.jit(lambda sample: sample.weights.sum() + jax.tree.leaves(sample.items)[0].shape[0])(sample)
+    assert float(total) == pytest.approx(float(sample.weights.sum()) + 8)
+    shapes = jax.tree.map(np.shape, sample)
+    assert shapes.rows == (8,)
+    assert shapes.mask is None
+    doubled = torch.utils._pytree.tree_map(lambda leaf: leaf if leaf is None else leaf * 2, sample)
+    assert (doubled.weights == 2 * sample.weights).all()
+    assert type(shapes) is type(doubled) is type(sample)

@@ -9,7 +9,6 @@ import statistics
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -39,9 +38,10 @@ _LOOKED_AT = 1 << 16
 """Stats are of the priorities of so many items at most, spread evenly over all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """What `ReplayBuffer.sample` returns: arrays of the buffer's library, on its device, of memory of their own.
+
+    Being a named tuple, it is a nest to JAX, torch, TensorFlow and optree: ``jax.jit`` takes it as an argument.
 
     Attributes
     ----------

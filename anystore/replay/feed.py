@@ -81,7 +81,6 @@ class Batches(Iterator[Any]):
 
     Examples
     --------
-    >>> import dataclasses
     >>> import numpy as np
     >>> from anystore.replay.feed import Batches
     >>> class Numbers:
@@ -267,18 +266,11 @@ def _drawn(draw: Callable[[], Any], hand_over: Callable[[Any], Any]) -> Any:
 
 def _hand_over(sample: Any, library: str, copy: bool | None, device: Any) -> Any:
     """The sample in the arrays of a library, but for its rows."""
-    if not dataclasses.is_dataclass(sample):
+    if not hasattr(sample, "rows"):
         return to_library(sample, library, copy=copy, device=device)
-    fields = _given(sample)
     # They are for the buffer alone, and of a dtype that not every library has (JAX has no int64).
-    fields.pop("rows", None)
-    return dataclasses.replace(sample, **to_library(fields, library, copy=copy, device=device))  # type: ignore[type-var]
-
-
-def _given(sample: Any) -> dict[str, Any]:
-    """The fields of a dataclass, by name, that are not None."""
-    fields = {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
-    return {name: value for name, value in fields.items() if value is not None}
+    handed: Any = to_library(sample._replace(rows=None), library, copy=copy, device=device)
+    return handed._replace(rows=sample.rows)
 
 
 # The data sets of other libraries ----------------------------------------------------------------------------------
@@ -375,19 +367,24 @@ def tf_dataset(buffer: Any, batch_size: int, **options: Any) -> Any:
             raise TypeError(f"a tf.data.Dataset copies into tensors of its own; {name}= has no place here")
     tf = _import("tensorflow", "tensorflow")
     with Batches(buffer, batch_size, **{**options, "prefetch": 0, "count": 1}) as first:
-        structure = _as_tf_nest(next(first))
+        structure = _as_tf_nest(_given(next(first)))
     return tf.data.Dataset.from_generator(
-        lambda: map(_as_tf_nest, Batches(buffer, batch_size, **options)),
+        lambda: (_as_tf_nest(_given(sample)) for sample in Batches(buffer, batch_size, **options)),
         output_signature=tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), structure),
     )
+
+
+def _given(sample: Any) -> Any:
+    """The fields of a sample that are not None, by name."""
+    if not hasattr(sample, "rows"):
+        return sample
+    return {name: value for name, value in sample._asdict().items() if value is not None}
 
 
 def _as_tf_nest(node: Any) -> Any:
     """A nest as tf.data has them, with NumPy arrays at the leaves."""
     if is_array(node):
         return to_numpy(node)
-    if dataclasses.is_dataclass(node):
-        return {name: _as_tf_nest(value) for name, value in _given(node).items()}
     parts = {key: _as_tf_nest(child) for key, child in children(node).items()}
     if hasattr(node, "_fields"):
         return type(node)(**parts)

@@ -88,7 +88,9 @@ class Lanes:
                 f"{named.shape}"
             )
         if named.min() < 0 or named.max() >= self.count or len(np.unique(named)) < len(named):
-            raise ValueError(f"expected lanes from 0 to {self.count - 1}, each of them once, found {named.tolist()!r:.80}")
+            raise ValueError(
+                f"expected lanes from 0 to {self.count - 1}, each of them once, found {named.tolist()!r:.80}"
+            )
         return named.astype(np.intp)
 
     def newest(self, lanes: NDArray[np.intp] | None = None) -> NDArray[np.int64]:
