@@ -185,7 +185,7 @@ class ReplayBuffer:
         else:
             self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, *flags)
         self._windows = Windows(self._layout, self._ring, self._lanes, self._books)
-        in_numpy = self._backend.books_in_numpy
+        in_numpy = self._backend.books_elsewhere
         self._random = BookkeepingRandom(self._backend, seed) if in_numpy else self._backend.random(seed)
         self._sampler = Uniform() if sampler is None else sampler
         if not isinstance(self._sampler, Sampler):

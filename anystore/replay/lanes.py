@@ -31,14 +31,14 @@ class Lanes:
         How many.
     ring : Ring
         The ring that their items are in.
-    backend : Backend
-        The bookkeeping of that of the items: what places are computed with.
+    books : Backend
+        What places are computed with: the `bookkeeping` of the backend of the items.
     """
 
-    def __init__(self, count: int, ring: Ring, backend: Backend) -> None:
+    def __init__(self, count: int, ring: Ring, books: Backend) -> None:
         self.count = count
         self._ring = ring
-        self._backend = backend
+        self._books = books
         self._distances: Storage | None = None
         self._newest = np.full(count, -1, np.int64)  # kept only with distances
 
@@ -136,15 +136,15 @@ class Lanes:
             there = (found >= 0) & (found < count)
         else:
             distance = self._distances.get(self._ring.index(places))[name]
-            distance = self._backend.xp.astype(distance, places.dtype)
+            distance = self._books.xp.astype(distance, places.dtype)
             found = places + sign * distance
             there = (distance > 0) & (found >= 0) & (found < count)
-        return self._backend.xp.where(there, found, places), there
+        return self._books.xp.where(there, found, places), there
 
     def _keep_distances(self) -> None:
         """From now on; the items that are there were all written in step."""
         self._newest = self.newest().copy()
-        distances = Storage(DISTANCES, self._ring.capacity, backend=self._backend)
+        distances = Storage(DISTANCES, self._ring.capacity, backend=self._books)
         self._keep(distances)
         items = np.asarray(self._ring.items)
         ahead = np.where(items + self.count < self._ring.total, self.count, 0)
