@@ -292,6 +292,20 @@ class ReplayBuffer:
             "level": self._draws.level,
         }
 
+    def _restore(self, state: dict[str, Any], distances: Storage | None) -> None:
+        """Go on from what `_state` returned, in an empty buffer of the same options whose storages are filled.
+
+        All but the sampler, which comes after it and may be one of the user's own.
+        """
+        self._ring.restore(state["ring"])
+        self._lanes.restore(state["lanes"], distances)
+        self._layout.restore(state["layout"])
+        if state["random"]["kind"] == self._random.kind:
+            self._random.restore(state["random"])
+        self._sampled = int(state["sampled"])
+        self._draws.level = int(state.get("level", 0))
+        self._meter = Meter(self._ring.total, self._sampled)
+
     def __reduce__(self) -> Any:
         raise TypeError("a ReplayBuffer is not copied or pickled; save it, and bring it back by anystore.load")
 

@@ -107,6 +107,10 @@ class Uniform(Sampler):
     def __init__(self, *, replacement: bool = True) -> None:
         self.distinct = not replacement
 
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+        return {"replacement": not self.distinct}
+
     def draw(self, count: int, items: range) -> Array:
         return self.random.integers(len(items), count)
 
@@ -129,6 +133,10 @@ class Recent(Sampler):
     def __init__(self, newest: int, *, replacement: bool = True) -> None:
         self.newest = as_count("newest", newest)
         self.distinct = not replacement
+
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+        return {"newest": self.newest, "replacement": not self.distinct}
 
     def draw(self, count: int, items: range) -> Array:
         oldest = max(0, len(items) - self.newest)
@@ -184,6 +192,10 @@ class Prioritized(Sampler):
         """What is added to each priority."""
         return self._epsilon
 
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+        return {"alpha": self.alpha, "beta": self.beta, "epsilon": self.epsilon}
+
     def open(self, capacity: int, backend: Backend, random: Random) -> None:
         super().open(capacity, backend, random)
         self._tree = SumTree(capacity, backend)
@@ -235,9 +247,12 @@ class Prioritized(Sampler):
         return numbers ** (1 / self.alpha) - self.epsilon if self.alpha else numbers - self.epsilon
 
     def state(self, items: range) -> dict[str, Any]:
-        """The settings, the highest priority, and the numbers of the items in the tree, oldest first."""
-        settings = {"alpha": self.alpha, "beta": self.beta, "epsilon": self.epsilon}
-        return {**settings, "highest": self.highest, "numbers": to_numpy(self._numbers(items))}
+        """The settings, the highest priority, and the numbers of the items in the tree, oldest first.
+
+        The settings are part of it, since the numbers say nothing without them: a sampler of others that is handed to
+        `anystore.load` goes on with those of the one that was saved.
+        """
+        return {**self._settings(), "highest": self.highest, "numbers": to_numpy(self._numbers(items))}
 
     def restore(self, state: dict[str, Any], items: range) -> None:
         self._alpha, self.beta, self._epsilon = state["alpha"], state["beta"], state["epsilon"]
