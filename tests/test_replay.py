@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anystore import ArraySpec, select_backend
+from anystore import ArraySpec, Storage, select_backend
 from anystore.convert import to_numpy
 from anystore.replay import Prioritized, Recent, ReplayBuffer, Sample, Uniform
 from tests.contract import LIBRARIES, foreign_arrays
@@ -408,6 +408,17 @@ class ReplayContract:
         assert all_of(buffer) == [2, 3, 4, 5]
         found = sorted(window for sample in one_pass(buffer, num_steps=2) for window in stamps_of(sample.items))
         assert found == [[2, 3], [3, 4], [4, 5]]
+
+    def test_what_is_kept_out_of_step_is_gone_once_cleared(self) -> None:
+        buffer = self.make(12, lanes=2)
+        buffer.extend(batch([0]), lanes=[1])
+        assert buffer.nbytes == buffer.storage.nbytes + 12 * 8
+        held = [weakref.ref(each) for each in vars(buffer._lanes).values() if isinstance(each, Storage)]
+        assert held
+        buffer.clear()
+        gc.collect()
+        assert not any(each() for each in held)
+        assert buffer.nbytes == buffer.storage.nbytes
 
     def test_back_in_step_once_cleared(self) -> None:
         buffer = self.make(10, lanes=2)

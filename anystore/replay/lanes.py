@@ -39,7 +39,7 @@ class Lanes:
         self.count = count
         self._ring = ring
         self._books = books
-        self._distances: Storage | None = None
+        self._keep(None)
         self._newest = np.full(count, -1, np.int64)  # kept only with distances
 
     @property
@@ -127,7 +127,7 @@ class Lanes:
     def clear(self) -> None:
         """All items are gone, and none of them is the previous one of what comes."""
         self._newest[:] = -1
-        self._distances = None
+        self._keep(None)
 
     def _neighbours(self, name: str, places: Array) -> tuple[Array, Array]:
         sign, count = 1 if name == "ahead" else -1, len(self._ring.items)
@@ -155,6 +155,7 @@ class Lanes:
     def _note(self, numbers: NDArray[np.int64], lanes: NDArray[np.intp]) -> None:
         """One item of each of these lanes, of these numbers."""
         assert self._distances is not None
+        assert self._ahead is not None
         previous, capacity = self._newest[lanes], self._ring.capacity
         linked = previous > max(-1, numbers[-1] - capacity)  # and not overwritten by one of these items
         distance = np.where(linked, numbers - previous, 0).astype(np.int32)
@@ -171,12 +172,11 @@ class Lanes:
     def restore(self, state: dict[str, Any], distances: Storage | None) -> None:
         """Be as the lanes were that `state` is of."""
         self._newest = np.asarray(state["newest"], np.int64)
-        if distances is not None:
-            self._keep(distances)
+        self._keep(distances)
 
-    def _keep(self, distances: Storage) -> None:
+    def _keep(self, distances: Storage | None) -> None:
         self._distances = distances
-        self._ahead = distances.select("ahead")
+        self._ahead = None if distances is None else distances.select("ahead")
 
     @property
     def distances(self) -> Storage | None:
