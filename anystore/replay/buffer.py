@@ -17,7 +17,7 @@ import numpy as np
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
 from anystore.backends.random import BookkeepingRandom
-from anystore.convert import is_array, library_of, to_numpy
+from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, label
 from anystore.plan import as_count
 from anystore.replay.draws import Draws, Usable
@@ -171,7 +171,7 @@ class ReplayBuffer:
             raise ValueError(f"{label(flags[0])}: expected a leaf for terminated and another for truncated, found one")
         self._following = self._paths_after(following, shared or {})
         options: dict[str, Any] = {"backend": self._backend, "casting": casting}
-        self._parts = {
+        self._options = {
             "shared": dict(shared or {}),
             "stacks": dict(stacks or {}),
             "reward": self._reward,
@@ -282,7 +282,7 @@ class ReplayBuffer:
     def _state(self) -> dict[str, Any]:
         """All that the buffer goes on from, but for its storages: numbers, strings, and NumPy arrays by name."""
         return {
-            "options": {**self._parts, "lanes": self._lanes.count},
+            "options": {**self._options, "lanes": self._lanes.count},
             "ring": self._ring.state(),
             "lanes": self._lanes.state(),
             "layout": self._layout.state(),
@@ -356,7 +356,7 @@ class ReplayBuffer:
         try:
             with self.lock, self._backend.stream():
                 of_items = self._lanes.of_batch(count, lanes)
-                for part, number in self._layout.admit(batch, count):
+                for part, number in self._layout.parts_of(batch, count):
                     self._layout.write(part, number, of_items)
                     self._lanes.added(number, of_items)
                     self._advance(number)
@@ -494,9 +494,9 @@ class ReplayBuffer:
             candidates, usable = self._choice(how)
             drawn = self._draws.draw(batch_size, candidates, usable)
             self._sampled += batch_size
-            oldest = candidates.start - self._ring.items.start
-            places = drawn + oldest if oldest else drawn
-            return self._sample_of(places, how, self._sampler.weights(drawn, candidates))
+            too_old = candidates.start - self._ring.items.start
+            places = drawn + too_old if too_old else drawn
+            return self._sample_of(places, how, self._draws.weights(drawn, candidates))
 
     def one_pass(
         self,
@@ -528,12 +528,12 @@ class ReplayBuffer:
         position = 0
         while position < len(numbers):
             with self.lock, self._backend.stream():
-                oldest, tests = self._requirements(how)
+                too_old, tests = self._requirements(how)
                 chosen: list[Any] = []
                 while position < len(numbers) and len(chosen) < batch_size:
                     some = numbers[position : position + batch_size - len(chosen)]
                     position += len(some)
-                    some = some[some >= self._ring.items.start + oldest]
+                    some = some[some >= self._ring.items.start + too_old]
                     for test in tests if len(some) else ():
                         some = some[to_numpy(test(self._ring.places_of(some)))]
                     chosen.extend(some)
@@ -545,23 +545,23 @@ class ReplayBuffer:
 
     def _requirements(self, how: _How) -> tuple[int, list[Usable]]:
         """How many of the oldest items cannot be read, and what tells of others whether they are of use."""
-        oldest = self._layout.margin * self._lanes.count if self._ring.overwrote else 0
+        too_old = self._layout.margin * self._lanes.count if self._ring.overwrote else 0
         tests = []
         if (beginning := self._windows.beginning(how.num_steps or 1, how.at_end)) is not None:
             tests.append(beginning)
-        if oldest and not self._lanes.in_step:
+        if too_old and not self._lanes.in_step:
             tests.append(self._layout.readable)
-        return oldest, tests
+        return too_old, tests
 
     def _choice(self, how: _How) -> tuple[range, Usable | None]:
         """The items to draw from, and what tells which of their places are of use; None if all are."""
         items = self._ring.items
         if not items:
             raise ValueError("the buffer is empty; add items before sampling")
-        oldest, tests = self._requirements(how)
+        too_old, tests = self._requirements(how)
         steps = (how.num_steps or 1) - 1
-        newest = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
-        candidates = range(items.start + oldest, max(items.start + oldest, items.stop - newest))
+        too_new = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
+        candidates = range(items.start + too_old, max(items.start + too_old, items.stop - too_new))
         if not candidates:
             raise ValueError(
                 f"{len(items)} items of {self._lanes.count} lane(s) hold no window of {steps + 1} steps that can be "
@@ -571,7 +571,7 @@ class ReplayBuffer:
             return candidates, None
 
         def usable(places: Array) -> Array:
-            places = places + oldest if oldest else places
+            places = places + too_old if too_old else places
             return functools.reduce(operator.and_, [test(places) for test in tests])
 
         return candidates, usable
@@ -580,8 +580,7 @@ class ReplayBuffer:
         """The items at these places, or what begins with them."""
         given = self._backend.from_bookkeeping
         rows = given(self._ring.numbers(places))
-        if weights is not None and library_of(weights) != self._backend.library:
-            weights = given(to_numpy(weights))
+        weights = None if weights is None else given(weights)
         if how.n_step is not None:
             merged, discounts = self._merged(places, how.n_step, how.discount)
             return Sample(merged, rows, weights, discounts=discounts)

@@ -13,7 +13,7 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
 from anystore.convert import is_array, library_of, to_numpy
-from anystore.replay.samplers import Sampler
+from anystore.replay.samplers import Prioritized, Sampler
 from anystore.specs import as_dtype
 
 Usable = Callable[[Array], Array]
@@ -116,6 +116,27 @@ class Draws:
             places = self._books.as_index(to_numpy(places))
         # A copy, since it may be an array that the sampler goes on to use.
         return self._books.xp.astype(places, self._nothing.dtype, copy=True)
+
+    def weights(self, places: Array, items: range) -> Array | None:
+        """The importance weights of what was drawn, of float32 and in memory of their own; None if all are the same.
+
+        Raises
+        ------
+        TypeError
+            If a sampler of the user's own finds no such weights.
+        """
+        weights, books, wanted = self._sampler.weights(places, items), self._books, np.dtype("float32")
+        if weights is None or type(self._sampler).weights is Prioritized.weights:
+            return weights
+        if not is_array(weights) or tuple(weights.shape) != tuple(places.shape):
+            raise TypeError(
+                f"expected {places.shape[0]} weights from {type(self._sampler).__name__}.weights, a flat array, found "
+                f"{weights!r:.80}"
+            )
+        brought = books.bring(weights, wanted)
+        brought = books.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
+        # A copy, since it may be an array that the sampler goes on to use.
+        return books.xp.astype(brought, books.native_dtype(wanted), copy=True)
 
     def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
         """Which draws are of use."""

@@ -53,7 +53,7 @@ class Plain:
         """Whether it is told where episodes end."""
         return self._ends is not None
 
-    def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
+    def parts_of(self, batch: Any, count: int) -> list[tuple[Any, int]]:
         """A batch as `write` takes it, in parts that are written one after the other, with the items of each.
 
         Raises

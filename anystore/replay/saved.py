@@ -283,8 +283,8 @@ def _check_records(buffer: ReplayBuffer, layout: dict[str, Any]) -> None:
 
 def _check_chances(state: dict[str, Any], count: int) -> None:
     """Check that there is a chance for each item and for new ones: rows are drawn with them without another look."""
-    numbers = state["numbers"]
-    if numbers.shape != (count,) or numbers.dtype.kind != "f" or not (np.isfinite(numbers) & (numbers >= 0)).all():
+    scaled = state["numbers"]
+    if scaled.shape != (count,) or scaled.dtype.kind != "f" or not (np.isfinite(scaled) & (scaled >= 0)).all():
         raise ValueError(f"no chances of {count} items")
     if not np.isfinite((state["highest"] + state["epsilon"]) ** state["alpha"] * state["beta"]):
         raise ValueError("no chance of a new item")

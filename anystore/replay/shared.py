@@ -73,7 +73,7 @@ class _Observation(NamedTuple):
         assert self.axis is not None
         return (*(slice(None),) * (self.axis + 1), frames, ...)
 
-    def together(self, frames: Array, xp: Any) -> Array:
+    def assembled(self, frames: Array, xp: Any) -> Array:
         """The leaves that consist of these frames, which have an axis of their own behind that of the items."""
         return frames[:, 0, ...] if self.axis is None else xp.moveaxis(frames, 1, self.axis + 1)
 
@@ -148,15 +148,15 @@ class Shared(Plain):
 
     # Writing --------------------------------------------------------------------------------------------------------
 
-    def admit(self, batch: Any, count: int) -> list[tuple[Any, int]]:
+    def parts_of(self, batch: Any, count: int) -> list[tuple[Any, int]]:
         leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(batch, (count,)))))
-        parts = self._apart(leaves)
+        parts = self._taken_apart(leaves)
         # As many whole steps at a time as there are rows, so that no item is overwritten by its own batch.
         most = self._ring.capacity // self._lanes.count * self._lanes.count
         slices = [slice(start, min(count, start + most)) for start in range(0, count, most)]
         return [(parts.at(each), each.stop - each.start) for each in slices]
 
-    def _apart(self, leaves: dict[str, Array]) -> _Parts:
+    def _taken_apart(self, leaves: dict[str, Array]) -> _Parts:
         """A batch of whole items in the parts that are needed, checked."""
         seen: dict[str, NDArray[Any]] = {}
         for each in self._observations:
@@ -175,7 +175,7 @@ class Shared(Plain):
 
     def write_one(self, item: Any) -> None:
         leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(item))))
-        self.write(self._apart({path: leaf[None, ...] for path, leaf in leaves.items()}), 1, None)
+        self.write(self._taken_apart({path: leaf[None, ...] for path, leaf in leaves.items()}), 1, None)
 
     def write(self, batch: _Parts, count: int, lanes: NDArray[np.intp] | None) -> None:
         ids = np.arange(self._lanes.count) if lanes is None else lanes
@@ -311,9 +311,9 @@ class Shared(Plain):
                 break
         for each in self._observations:
             if each.axis is not None and each.path in wanted:
-                leaves[each.path] = self._together(each, rows[:, :-1], of_records[:, :-1])
+                leaves[each.path] = self._assembled(each, rows[:, :-1], of_records[:, :-1])
             if each.after is not None and each.after in wanted:
-                leaves[each.after] = self._together(each, rows[:, 1:], of_records[:, 1:])
+                leaves[each.after] = self._assembled(each, rows[:, 1:], of_records[:, 1:])
         if len(places.shape) > 1:
             leaves = {
                 path: self._backend.xp.reshape(leaf, places.shape + leaf.shape[1:]) for path, leaf in leaves.items()
@@ -369,7 +369,7 @@ class Shared(Plain):
         rows.append(xp.where(of_records[-1], followed, self._ring.rows(after)))
         return xp.stack(rows, axis=1), xp.stack(of_records, axis=1)
 
-    def _together(self, each: _Observation, rows: Array, of_records: Array) -> Array:
+    def _assembled(self, each: _Observation, rows: Array, of_records: Array) -> Array:
         """A batch of leaves, from the sources of the frames of the deepest stack."""
         xp, books, backend = self._books.xp, self._books, self._backend
         rows, of_records = rows[:, self._depth - each.frames :], of_records[:, self._depth - each.frames :]
@@ -383,7 +383,7 @@ class Shared(Plain):
             taken = xp.take(flat, backend.to_bookkeeping(chosen), axis=0)
             known = KnownRows(books.as_rows(taken), self._records * self._depth)
             frames = backend.put(frames, chosen, self._select("records", each.path).get(known))
-        return each.together(backend.xp.reshape(frames, (count, each.frames, *frames.shape[1:])), backend.xp)
+        return each.assembled(backend.xp.reshape(frames, (count, each.frames, *frames.shape[1:])), backend.xp)
 
 
 class _Parts(NamedTuple):
