@@ -157,7 +157,7 @@ class Draws:
         return self._books.from_numpy(new)
 
     def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
-        """The same by a look at every item."""
+        """What `draw` returns, found by a look at every item."""
         every = self._books.as_index(np.arange(len(items)))
         found = self._sampler.chances(every, items)
         chances = np.ones(len(items)) if found is None else to_numpy(found)

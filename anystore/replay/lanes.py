@@ -115,7 +115,7 @@ class Lanes:
         return self._neighbours("ahead", places)
 
     def behind(self, places: Array) -> tuple[Array, Array]:
-        """The same for the previous items."""
+        """The places of the items before in the same lanes, and whether there are such; else the places as they are."""
         return self._neighbours("behind", places)
 
     def every_behind(self) -> NDArray[Any]:

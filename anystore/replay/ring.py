@@ -66,7 +66,7 @@ class Ring:
         return _turned(places, self.items, self.capacity)
 
     def index(self, places: Array) -> KnownRows:
-        """The same as an index."""
+        """The rows of the items at these places, as an index of a storage."""
         return KnownRows(self._books.as_rows(self.rows(places)), self.capacity)
 
     def numbers(self, places: Array) -> Array:
@@ -74,13 +74,13 @@ class Ring:
         return _turned(places, self.items, self.period)
 
     def places(self, numbers: Array) -> Array:
-        """The places of the items of these numbers, modulo the period; no places for those that are not there."""
+        """The places of the items of these numbers, modulo the period; outside [0, size) of those that are gone."""
         items = self.items
         places = numbers - items.start % self.period
         return places % self.period if items.stop > self.period else places
 
     def places_of(self, numbers: NDArray[np.int64]) -> Array:
-        """The same for numbers in main memory, as they are and not modulo the period."""
+        """The places of the items of these numbers, which are in main memory and not modulo the period."""
         return self._books.as_index(numbers - self.items.start)
 
     def in_order(self, leaf: Storage) -> NDArray[Any]:

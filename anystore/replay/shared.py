@@ -409,12 +409,24 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
     ------
     ValueError
         If a path is not in the spec, parts do not fit each other, or a leaf has no such axis.
+    TypeError
+        If an axis is no int.
     """
+    after = _following(nest, shared)
+    axes = {path: _axis_of(nest, path, axis, after) for path, axis in stacks.items()}
+    return [
+        _Observation(path, spec, axes.get(path), after.get(path))
+        for path, spec in nest.leaves.items()
+        if path in axes or path in after
+    ]
+
+
+def _following(nest: Nest, shared: Mapping[str, str]) -> dict[str, str]:
+    """By the path of each leaf that others are shared with, the path of what it is in the next item."""
     specs = nest.leaves
     after: dict[str, str] = {}
     for following, part in shared.items():
-        _, positions = nest.select((part,))
-        for path in (nest.paths[position] for position in positions):
+        for path in _paths_in(nest, part):
             other = following + path[len(part) :]
             if path == other:
                 raise ValueError(f"{label(path)}: expected another part to share it with, found itself")
@@ -424,28 +436,33 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
                     f"found {specs.get(other, 'no such leaf')}"
                 )
             after[path] = other
-        _, positions = nest.select((following,))
-        lone = [nest.paths[position] for position in positions if nest.paths[position] not in after.values()]
+        lone = [path for path in _paths_in(nest, following) if path not in after.values()]
         if lone:
             raise ValueError(f"{label(lone[0])}: expected a leaf of the same name in {part!r} to share with")
     if set(after) & set(after.values()) or len(set(after.values())) < len(after):
         raise ValueError(f"expected each part to be shared with one other, found {dict(shared)}")
-    for path, axis in stacks.items():
-        if path not in specs or path in after.values():
-            why = "no such leaf" if path not in specs else "which is shared, and a stack where the other is one"
-            raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}, {why}")
-        shape = specs[path].shape
-        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise TypeError(f"{label(path)}: expected the axis of a stack, an int, found {axis!r:.80}")
-        if not -len(shape) <= axis < len(shape):
-            raise ValueError(f"{label(path)}: expected an axis of a stack of shape {shape}, found {axis}")
-        if shape[axis] == 0:
-            raise ValueError(f"{label(path)}: expected a stack of 1 frame or more, found shape {shape}")
-    return [
-        _Observation(path, spec, stacks[path] % len(spec.shape) if path in stacks else None, after.get(path))
-        for path, spec in specs.items()
-        if path in stacks or path in after
-    ]
+    return after
+
+
+def _paths_in(nest: Nest, part: str) -> list[str]:
+    """The paths of the leaves of a part."""
+    _, positions = nest.select((part,))
+    return [nest.paths[position] for position in positions]
+
+
+def _axis_of(nest: Nest, path: str, axis: int, after: Mapping[str, str]) -> int:
+    """The axis of a stack in the shape of its leaf, counted from the front."""
+    if path not in nest.paths or path in after.values():
+        why = "no such leaf" if path not in nest.paths else "which is shared, and a stack where the other is one"
+        raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}, {why}")
+    shape = nest.leaves[path].shape
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"{label(path)}: expected the axis of a stack, an int, found {axis!r:.80}")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{label(path)}: expected an axis of a stack of shape {shape}, found {axis}")
+    if shape[axis] == 0:
+        raise ValueError(f"{label(path)}: expected a stack of 1 frame or more, found shape {shape}")
+    return axis % len(shape)
 
 
 def _check_frames(each: _Observation, now: NDArray[Any], after: NDArray[Any]) -> None:

@@ -103,7 +103,10 @@ class Windows:
         return xp.stack(found), xp.stack(there)
 
     def _strided(self, places: Array, num_steps: int) -> Array:
-        """The same places for lanes in step, whether items are there or not."""
+        """The places of the items from each one on where lanes are in step, of shape (num_steps, count).
+
+        Also of those that are not there yet.
+        """
         return self._strides(num_steps) + places[None, :]
 
     def _native(self, name: str) -> Any:
