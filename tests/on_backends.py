@@ -83,7 +83,7 @@ class OnJaxAsOnADevice(OnJax):
     @pytest.fixture(autouse=True)
     def _opened(self, monkeypatch: pytest.MonkeyPatch) -> None:
         backend = importlib.import_module("anystore.backends.jax")
-        monkeypatch.setattr(backend.JaxBackend, "books_in_numpy", False)
+        monkeypatch.setattr(backend.JaxBackend, "books_elsewhere", False)
 
 
 class OnJaxCuda(OnJax):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anystore import ArraySpec, select_backend
+from anystore import ArraySpec, Storage, select_backend
 from anystore.convert import to_numpy
 from anystore.replay import Prioritized, Recent, ReplayBuffer, Sample, Uniform
 from tests.contract import LIBRARIES, foreign_arrays
@@ -81,7 +81,7 @@ WRONG_BATCHES: dict[str, tuple[Any, type[Exception], str]] = {
     "a leaf that is shorter": (
         lambda value: value["obs"].update(image=np.zeros((6, 3, 2), np.uint8)),
         ValueError,
-        "obs/image: expected (shape|7 items, as most leaves have, found 6)",
+        "obs/image: expected (shape|7 items, as .* has, found 6)",
     ),
     "a leaf of another dtype": (
         lambda value: value["action"].__setitem__(0, np.zeros(7)),
@@ -331,7 +331,7 @@ class ReplayContract:
                 buffer.extend(batch(np.arange(100, 100 + count)), lanes=named)
         with pytest.raises(ValueError, match=rf"expected an item of each of {lanes} lanes, found 1 items"):
             buffer.add(batch([100]))
-        with pytest.raises(ValueError, match="expected a batch, one axis of items .*, found none or more in"):
+        with pytest.raises(ValueError, match="expected a batch, .* a single item; .* name its lane: extend"):
             buffer.extend(batch(100))
         self.assert_twins(buffer, twin)
 
@@ -339,7 +339,7 @@ class ReplayContract:
         buffer, twin = self.filled(5), self.filled(5)
         value = batch(np.arange(0))
         value["obs"]["image"] = np.zeros((3, 3, 2), np.uint8)
-        with pytest.raises(ValueError, match="obs/image: expected 0 items, as most leaves have, found 3"):
+        with pytest.raises(ValueError, match="obs/image: expected 0 items, as action/0 has, found 3"):
             buffer.extend(value)
         value["obs"]["image"] = np.zeros((0, 3, 2), complex)
         with pytest.raises(TypeError, match="obs/image: expected uint8, found complex128"):
@@ -409,6 +409,17 @@ class ReplayContract:
         assert all_of(buffer) == [2, 3, 4, 5]
         found = sorted(window for sample in one_pass(buffer, num_steps=2) for window in stamps_of(sample.items))
         assert found == [[2, 3], [3, 4], [4, 5]]
+
+    def test_what_is_kept_out_of_step_is_gone_once_cleared(self) -> None:
+        buffer = self.make(12, lanes=2)
+        buffer.extend(batch([0]), lanes=[1])
+        assert buffer.nbytes == buffer.storage.nbytes + 12 * 8
+        held = [weakref.ref(each) for each in vars(buffer._lanes).values() if isinstance(each, Storage)]
+        assert held
+        buffer.clear()
+        gc.collect()
+        assert not any(each() for each in held)
+        assert buffer.nbytes == buffer.storage.nbytes
 
     def test_back_in_step_once_cleared(self) -> None:
         buffer = self.make(10, lanes=2)
@@ -739,9 +750,39 @@ class ReplayContract:
         buffer = self.make(10, STEPS)
         batch = steps(0, 4)
         batch["reward"] = batch["reward"][:3]
-        with pytest.raises(ValueError, match="^reward: expected 4 items, as most leaves have, found 3$"):
+        with pytest.raises(ValueError, match="^reward: expected 4 items, as terminated has, found 3$"):
             buffer.extend(batch)
         assert len(buffer) == 0
+
+    def test_leaves_of_two_lengths(self) -> None:
+        buffer = ReplayBuffer({"a": ArraySpec((), "int32"), "b": ArraySpec((2,), "int32")}, 9, **self.options)
+        with pytest.raises(ValueError, match="^b: expected 4 items, as a has, found 5$"):
+            buffer.extend({"a": np.zeros(4, np.int32), "b": np.zeros((5, 2), np.int32)})
+        assert len(buffer) == 0
+
+    def test_a_batch_for_add_and_an_item_for_extend(self) -> None:
+        spec = {"a": ArraySpec((), "int32"), "b": ArraySpec((2,), "int32")}
+        buffer = ReplayBuffer(spec, 9, **self.options)
+        several, one = ({"a": np.zeros(n, np.int32), "b": np.zeros((*n, 2), np.int32)} for n in [(4,), ()])
+        hint = "this looks like a batch, which extend takes$"
+        for value in (several, {"a": [0] * 4, "b": [[0, 0]] * 4}):
+            with pytest.raises(ValueError, match=rf"^a: expected shape \(\), found \(4,\); {hint}"):
+                buffer.add(value)
+        for value in ({**several, "b": one["b"]}, {**several, "a": np.zeros(3, np.int32)}, {"a": several["a"]}):
+            with pytest.raises(
+                ValueError, match=r"^(a: expected shape \(\), found \([34],\)|the item: missing .*)$"
+            ) as found:
+                buffer.add(value)
+            assert "extend" not in str(found.value)
+        for value in (one, {"a": 0, "b": [0, 0]}):
+            with pytest.raises(ValueError, match="found what looks like a single item, which add takes$"):
+                buffer.extend(value)
+        with pytest.raises(ValueError, match="found none or more in a, b$"):
+            buffer.extend({"a": np.zeros((1, 4), np.int32), "b": np.zeros(2, np.int32)})
+        single = ReplayBuffer(ArraySpec((), "int32"), 9, **self.options)
+        with pytest.raises(ValueError, match=r"^[^;]*expected shape \(\), found \(1, 1\)$"):
+            single.add(np.zeros((1, 1), np.int32))
+        assert (len(buffer), len(single)) == (0, 0)
 
     @pytest.mark.parametrize("sampler", [Prioritized, "uniform", 3], ids=str)
     def test_what_is_no_sampler(self, sampler: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anystore import ArraySpec
+from anystore import ArraySpec, select_backend
 from anystore.convert import library_of, to_numpy
 from anystore.replay import Prioritized, Recent, ReplayBuffer, Sampler, Uniform
 from tests.on_backends import (
@@ -438,6 +438,44 @@ class SamplersContract:
         for found, expected in ((sample.rows, [3] * 4), (sample.weights, [0.5] * 4)):
             assert to_numpy(found).tolist() == expected
             assert library_of(found) == buffer.backend.library
+
+    @pytest.mark.parametrize("given", ["of NumPy", "of the buffer", "of bookkeeping", "integers", "of another library"])
+    def test_weights_of_one_s_own(self, given: str) -> None:
+        """Whatever arrays they are, the sample has its own in the library of the buffer, on its device."""
+        weighted = self.make().backend
+        if given == "of another library":
+            other = pytest.importorskip("torch" if weighted.name != "torch" else "array_api_strict")
+            table = other.asarray([1.0, 0.5, 0.25, 0.0])
+        else:
+            makes: dict[str, Any] = {"of the buffer": weighted, "of bookkeeping": weighted.bookkeeping}
+            table = np.asarray([1, 0.5, 0.25, 0], np.int32 if given == "integers" else np.float32)
+            table = makes[given].from_numpy(table) if given in makes else table
+
+        class Weighted(Uniform):
+            def weights(self, places: Any, items: range) -> Any:
+                return table
+
+        buffer = self.make(sampler=Weighted())
+        expected = to_numpy(table).tolist()
+        for how in ({}, {"num_steps": 2, "at_end": "pad"}):
+            found = buffer.sample(4, **how).weights
+            assert select_backend(found) is buffer.backend
+            assert to_numpy(found).dtype == np.float32
+            assert to_numpy(found).tolist() == expected
+            assert to_numpy(table).tolist() == expected
+            if buffer.backend.has_views:
+                with buffer.backend.stream():
+                    found[...] = buffer.backend.xp.zeros_like(found)
+
+    @pytest.mark.parametrize("weights", [np.ones(3, np.float32), np.ones((4, 1)), [1.0] * 4, 1.0], ids=repr)
+    def test_weights_that_are_none(self, weights: Any) -> None:
+        class Odd(Uniform):
+            def weights(self, places: Any, items: range) -> Any:
+                return weights
+
+        buffer = self.make(sampler=Odd())
+        with pytest.raises(TypeError, match="^expected 4 weights from Odd.weights, a flat array, found "):
+            buffer.sample(4)
 
     def test_a_sample_is_no_view_of_what_a_sampler_drew(self) -> None:
         class Own(Sampler):

@@ -307,6 +307,30 @@ def test_a_sampler_of_the_users_own(path):
     assert found.sampler.offset == 4
 
 
+@pytest.mark.parametrize("error", [KeyError, TypeError, ValueError, IndexError, AttributeError])
+@pytest.mark.parametrize("method", ["open", "restore"])
+def test_a_mistake_in_a_sampler_of_the_users_own_is_none_of_the_snapshot(path, monkeypatch, method, error):
+    buffer, _ = started("numpy", Oldest, {})
+    buffer.save(path)
+
+    def mistaken(self: Any, *args: Any) -> None:
+        raise error("of the sampler's own")
+
+    monkeypatch.setattr(Oldest, method, mistaken)
+    with pytest.raises(error, match="of the sampler's own") as found:
+        load(path, sampler=Oldest())
+    assert type(found.value) is error
+    assert found.traceback[-1].name == "mistaken"
+
+
+def test_priorities_come_back_whatever_the_settings_of_the_new_sampler(path):
+    buffer, _ = started("numpy", SAMPLERS["prioritized"], {})
+    buffer.save(path)
+    found = load(path, sampler=Prioritized(alpha=0.1, epsilon=3.0))
+    assert (found.sampler.alpha, found.sampler.epsilon) == (0.7, 1e-6)
+    assert found.priorities.tolist() == buffer.priorities.tolist()
+
+
 def test_options_come_back(path):
     spec = {"a": {"r": ArraySpec((), "float32"), "done": ArraySpec((), "bool")}, "b": ArraySpec((2,), "int8", name="x")}
     buffer = ReplayBuffer(spec, 10, lanes=2, reward="a/r", terminated="a/done", casting="unsafe", sampler=Recent(3))

@@ -41,7 +41,7 @@ def levels_of(tree: SumTree) -> list[Any]:
 
 
 def assert_adds_up(tree: SumTree) -> None:
-    """Every number is the sum of the `WIDTH` below it, which are integers here, and zeros where nothing is below."""
+    """Every value is the sum of the `WIDTH` below it, which are integers here, and zeros where nothing is below."""
     levels = levels_of(tree)
     for below, level in itertools.pairwise(levels):
         sums = below.reshape(-1, WIDTH).sum(axis=1)
@@ -50,9 +50,9 @@ def assert_adds_up(tree: SumTree) -> None:
     assert len(levels[-1]) == WIDTH
 
 
-def found_slowly(numbers: Any, draws: Any) -> int:
-    """The row for a draw of each level, top first, by the exact sums of the integers in `numbers`."""
-    dtype, blocks = draws.dtype.type, [[int(number) for number in numbers]]
+def found_slowly(values: Any, draws: Any) -> int:
+    """The row for a draw of each level, top first, by the exact sums of the integers in `values`."""
+    dtype, blocks = draws.dtype.type, [[int(value) for value in values]]
     for _ in draws[1:]:
         blocks.append([sum(blocks[-1][start : start + WIDTH]) for start in range(0, len(blocks[-1]), WIDTH)])
     node = 0
@@ -78,17 +78,17 @@ class SumTreeContract:
     def rows(self, rows: Any) -> Any:
         return select_backend(**self.options).from_numpy(np.asarray(rows, self.integer))
 
-    def floats(self, numbers: Any) -> Any:
-        return select_backend(**self.options).from_numpy(np.asarray(numbers, self.floating))
+    def floats(self, values: Any) -> Any:
+        return select_backend(**self.options).from_numpy(np.asarray(values, self.floating))
 
-    def filled(self, numbers: Any) -> SumTree:
-        tree = self.make(len(numbers))
-        self.set(tree, np.arange(len(numbers)), numbers)
+    def filled(self, values: Any) -> SumTree:
+        tree = self.make(len(values))
+        self.set(tree, np.arange(len(values)), values)
         return tree
 
-    def set(self, tree: SumTree, rows: Any, numbers: Any) -> None:
+    def set(self, tree: SumTree, rows: Any, values: Any) -> None:
         with tree._backend.stream():
-            tree.set(self.rows(rows), self.floats(numbers))
+            tree.set(self.rows(rows), self.floats(values))
 
     def find(self, tree: SumTree, draws: Any) -> Any:
         with tree._backend.stream():
@@ -102,8 +102,8 @@ class SumTreeContract:
     def test_all_zeros_at_first(self, capacity: int) -> None:
         tree = self.make(capacity)
         assert tree.depth == max(1, math.ceil(math.log(capacity, WIDTH) - 1e-9))
-        assert to_numpy(tree.numbers).dtype == self.floating
-        assert len(to_numpy(tree.numbers)) == -(-capacity // WIDTH) * WIDTH
+        assert to_numpy(tree.values).dtype == self.floating
+        assert len(to_numpy(tree.values)) == -(-capacity // WIDTH) * WIDTH
         assert not any(level.any() for level in levels_of(tree))
         with tree._backend.stream():
             assert tree.total() == 0
@@ -113,42 +113,42 @@ class SumTreeContract:
         random, model = np.random.default_rng(capacity), np.zeros(capacity)
         tree = self.make(capacity)
         for count in (1, 8, 8, 8):
-            rows, numbers = random.integers(0, capacity, count), random.integers(0, 100, count)
-            self.set(tree, rows, numbers)
-            for row, number in zip(rows, numbers, strict=True):
-                model[row] = number
-            assert to_numpy(tree.numbers)[:capacity].tolist() == model.tolist()
+            rows, values = random.integers(0, capacity, count), random.integers(0, 100, count)
+            self.set(tree, rows, values)
+            for row, value in zip(rows, values, strict=True):
+                model[row] = value
+            assert to_numpy(tree.values)[:capacity].tolist() == model.tolist()
             assert_adds_up(tree)
         with tree._backend.stream():
             assert tree.total() == model.sum()
             assert to_numpy(tree.get(self.rows(rows))).tolist() == model[rows].tolist()
 
-    def test_of_several_numbers_for_a_row_the_last_stays(self) -> None:
+    def test_of_several_values_for_a_row_the_last_stays(self) -> None:
         tree = self.make(40)
         self.set(tree, [3, 20, 3, 20, 3, 39], [1, 2, 3, 4, 5, 6])
-        assert to_numpy(tree.numbers)[[3, 20, 39]].tolist() == [5, 4, 6]
+        assert to_numpy(tree.values)[[3, 20, 39]].tolist() == [5, 4, 6]
         assert_adds_up(tree)
 
     @pytest.mark.parametrize("capacity", [1, 16, 300])
     def test_runs(self, capacity: int) -> None:
         tree = self.filled(np.full(capacity, 7))
         model = np.full(capacity, 7.0)
-        for run, number in (
+        for run, value in (
             (range(capacity), 2.0),
             (range(capacity - 1, capacity), 3.0),
             (range(capacity // 2 + 1), 0.0),
         ):
             with tree._backend.stream():
-                tree.set_run(run, number)
-            model[run.start : run.stop] = number
-            assert to_numpy(tree.numbers)[:capacity].tolist() == model.tolist()
+                tree.set_run(run, value)
+            model[run.start : run.stop] = value
+            assert to_numpy(tree.values)[:capacity].tolist() == model.tolist()
             assert_adds_up(tree)
 
     def test_no_rounding_error_stays(self) -> None:
         """As it would if sums were corrected by differences."""
         tree = self.make(300)
-        for number in (1e30, 3e-3, 0.1):
-            self.set(tree, [0, 299], [number, number])
+        for value in (1e30, 3e-3, 0.1):
+            self.set(tree, [0, 299], [value, value])
         self.set(tree, [0, 299], [0, 1])
         with tree._backend.stream():
             assert tree.total() == 1
@@ -156,31 +156,31 @@ class SumTreeContract:
 
     @pytest.mark.parametrize("capacity", [1, 5, 16, 17, 300])
     def test_finds_what_the_exact_sums_say(self, capacity: int) -> None:
-        numbers = np.random.default_rng(capacity).integers(0, 9, capacity)
-        numbers[-1] += 1
-        tree = self.filled(numbers)
+        values = np.random.default_rng(capacity).integers(0, 9, capacity)
+        values[-1] += 1
+        tree = self.filled(values)
         draws = self.draws(tree, 64)
         draws[:, 0], draws[:, 1] = 0, JUST_BELOW_1[self.floating]
         draws[0, 2], draws[-1, 3] = JUST_BELOW_1[self.floating], JUST_BELOW_1[self.floating]
-        assert self.find(tree, draws).tolist() == [found_slowly(numbers, draw) for draw in draws.T]
+        assert self.find(tree, draws).tolist() == [found_slowly(values, draw) for draw in draws.T]
 
     @pytest.mark.parametrize("capacity", [1, 300])
-    def test_finds_no_row_without_a_number(self, capacity: int) -> None:
+    def test_finds_no_row_without_a_value(self, capacity: int) -> None:
         draws = self.draws(self.make(capacity), 64)
         draws[:, :8] = JUST_BELOW_1[self.floating]
         draws[:, 8:16] = 0
         for row in {0, capacity // 2, capacity - 1}:
-            for number in (1e-30, 1, 1e30):
-                numbers = np.zeros(capacity)
-                numbers[row] = number
-                assert set(self.find(self.filled(numbers), draws).tolist()) == {row}
+            for value in (1e-30, 1, 1e30):
+                values = np.zeros(capacity)
+                values[row] = value
+                assert set(self.find(self.filled(values), draws).tolist()) == {row}
 
     def test_finds_rows_by_their_share(self) -> None:
-        numbers = np.random.default_rng(0).integers(0, 5, 300).astype(float)
-        numbers[7] = 300
-        tree = self.filled(numbers)
+        values = np.random.default_rng(0).integers(0, 5, 300).astype(float)
+        values[7] = 300
+        tree = self.filled(values)
         counts = np.bincount(self.find(tree, self.draws(tree, 20_000)), minlength=300)
-        assert_distributed(counts, numbers)
+        assert_distributed(counts, values)
 
     def test_an_empty_tree_has_no_row_beyond_it(self) -> None:
         tree = self.make(17)
@@ -262,18 +262,18 @@ class TestCompiled:
         other._compiled = None
         for _ in range(writes):
             rows = random.integers(0, capacity, random.integers(1, 50))
-            numbers = {
+            values = {
                 "integers": random.integers(0, 9, rows.size).astype(float),
                 "floats": random.random(rows.size),
                 "few": random.random(rows.size) * (random.random(rows.size) < 0.1),
                 "huge and tiny": 10.0 ** random.integers(-300, 300, rows.size),
             }[kind]
             for tree in (one, other):
-                tree.set(rows, numbers)
+                tree.set(rows, values)
             start, stop = sorted(random.integers(0, capacity + 1, 2).tolist())
             if start < stop:
                 for tree in (one, other):
-                    tree.set_run(range(start, stop), float(numbers[0]))
+                    tree.set_run(range(start, stop), float(values[0]))
         for level, expected in zip(levels_of(one), levels_of(other), strict=True):
             np.testing.assert_allclose(level, expected, rtol=1e-14)
         draws = random.random((one.depth, 257))
@@ -389,7 +389,7 @@ class TestCompiled:
         assert ((found >= 0) & (found < 304)).all()
 
     @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, -1.0, 1e308, -1e308])
-    def test_whatever_the_numbers_the_rows_are_inside(self, odd: float) -> None:
+    def test_whatever_the_values_the_rows_are_inside(self, odd: float) -> None:
         random = np.random.default_rng(0)
         for _ in range(50):
             levels = tree_of_host(300)
@@ -398,7 +398,7 @@ class TestCompiled:
             found = self.find(levels, random.random((3, 64)))
             assert ((found >= 0) & (found < 304)).all()
 
-    def test_numbers_above_nothing_lead_nowhere(self) -> None:
+    def test_values_above_nothing_lead_nowhere(self) -> None:
         """In a process of its own, since rows past the end would be read."""
         program = """
 import numpy as np

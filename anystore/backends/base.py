@@ -213,14 +213,14 @@ class Backend(ABC):
         return array
 
     @property
-    def books_in_numpy(self) -> bool:
-        """Whether `bookkeeping` is NumPy's: its arrays are in main memory, and small operations cost it a tenth."""
+    def books_elsewhere(self) -> bool:
+        """Whether `bookkeeping` is another backend, NumPy's in main memory, where small operations cost a tenth."""
         return False
 
     @property
     def bookkeeping(self) -> Backend:
-        """What to compute places, chances and priorities with: this one, or NumPy if `books_in_numpy`."""
-        if not self.books_in_numpy:
+        """What to compute places, chances and priorities with: this one, or NumPy's if `books_elsewhere`."""
+        if not self.books_elsewhere:
             return self
         from anystore.backends import select_backend
 
@@ -228,11 +228,11 @@ class Backend(ABC):
 
     def to_bookkeeping(self, array: Array) -> Array:
         """An array of this library as one of `bookkeeping`; it may share its memory."""
-        return to_numpy(array) if self.books_in_numpy else array
+        return to_numpy(array) if self.books_elsewhere else array
 
     def from_bookkeeping(self, array: Array) -> Array:
-        """The other way round, in dtypes that the library has; it may share the memory of `array`."""
-        return self.from_numpy(array) if self.books_in_numpy else array
+        """An array of `bookkeeping` as one of this library, in a dtype that it has; it may share its memory."""
+        return self.from_numpy(array) if self.books_elsewhere else array
 
     def views(self, rows: Rows) -> bool:
         """Whether these rows of a buffer can be had without a copy."""

@@ -122,7 +122,7 @@ class JaxBackend(Backend):
         return jnp
 
     @property
-    def books_in_numpy(self) -> bool:
+    def books_elsewhere(self) -> bool:
         return bool(self._device.platform == "cpu")
 
     @classmethod
@@ -219,7 +219,7 @@ class JaxBackend(Backend):
 
     def from_bookkeeping(self, array: Array) -> Array:
         # A compiled copy takes a small part of the time of device_put, and batches are of few shapes.
-        return self._handed_out(np.array(array)) if self.books_in_numpy else array
+        return self._handed_out(np.array(array)) if self.books_elsewhere else array
 
     def bring(self, value: Any, dtype: np.dtype[Any]) -> Any:
         if isinstance(value, jax.core.Tracer):

@@ -57,7 +57,7 @@ class NumpyBackend(Backend):
         return zeros(shape, dtype, self._scratch)
 
     @property
-    def books_in_numpy(self) -> bool:
+    def books_elsewhere(self) -> bool:
         return self._scratch is not None
 
     def free_memory(self) -> int | None:

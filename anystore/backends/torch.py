@@ -198,8 +198,11 @@ class TorchHostBackend(TorchBackend):
     torch would take its time for each leaf, several times that of the compiled moves for all of them.
     """
 
-    books_in_numpy = True
     stream = Backend.stream  # there is none but the one
+
+    @property
+    def books_elsewhere(self) -> bool:
+        return True
 
     def from_numpy(self, array: NDArray[Any]) -> torch.Tensor:
         if array.dtype in _READ_BY_TORCH and array.flags.carray:

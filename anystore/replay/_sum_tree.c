@@ -1,6 +1,6 @@
 /* What sum_tree.py does for rows in main memory, compiled.
  *
- * The levels are flat arrays of doubles, from the numbers of the rows up to a top level of WIDTH sums at most.
+ * The levels are flat arrays of doubles, from the values of the rows up to a top level of WIDTH sums at most.
  */
 #define PY_SSIZE_T_CLEAN
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
@@ -14,7 +14,7 @@
 #define ABREAST 32
 
 typedef struct {
-    double *numbers[MOST_LEVELS];
+    double *values[MOST_LEVELS];
     npy_intp lengths[MOST_LEVELS];
     Py_ssize_t count;
 } Tree;
@@ -33,7 +33,7 @@ static int read_tree(PyObject *levels, Tree *tree)
             PyErr_SetString(PyExc_TypeError, "expected levels that are contiguous arrays of float64");
             return -1;
         }
-        tree->numbers[i] = PyArray_DATA((PyArrayObject *)item);
+        tree->values[i] = PyArray_DATA((PyArrayObject *)item);
         tree->lengths[i] = PyArray_SIZE((PyArrayObject *)item);
         npy_intp above = i == 0 ? -1 : tree->lengths[i - 1] / WIDTH;
         if (tree->lengths[i] % WIDTH != 0 || tree->lengths[i] < above) {
@@ -48,7 +48,7 @@ static int read_tree(PyObject *levels, Tree *tree)
     return 0;
 }
 
-/* The place in a block, with a chance in proportion to the numbers there. */
+/* The place in a block, with a chance in proportion to the values there. */
 static inline npy_intp choose(const double *block, double uniform)
 {
     double sums[WIDTH], sum = 0;
@@ -69,7 +69,7 @@ static inline npy_intp choose(const double *block, double uniform)
 
 static const char find_doc[] =
     "find(levels, uniforms) -> array of intp\n\n"
-    "Rows drawn with a chance in proportion to their numbers; uniforms has a row of draws for each level, the top first.";
+    "Rows drawn with a chance in proportion to their values; uniforms has a row of draws for each level, the top first.";
 
 static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t argument_count)
 {
@@ -98,11 +98,11 @@ static PyObject *find(PyObject *module, PyObject *const *arguments, Py_ssize_t a
         for (npy_intp i = start; i < stop; i++)
             rows[i] = 0;
         for (Py_ssize_t step = 0; step < tree.count; step++) {
-            const double *numbers = tree.numbers[tree.count - 1 - step];
-            const double *below = step + 1 < tree.count ? tree.numbers[tree.count - 2 - step] : NULL;
+            const double *values = tree.values[tree.count - 1 - step];
+            const double *below = step + 1 < tree.count ? tree.values[tree.count - 2 - step] : NULL;
             npy_intp blocks_below = below == NULL ? 0 : tree.lengths[tree.count - 2 - step] / WIDTH;
             for (npy_intp i = start; i < stop; i++) {
-                rows[i] = rows[i] * WIDTH + choose(numbers + rows[i] * WIDTH, draws[step * count + i]);
+                rows[i] = rows[i] * WIDTH + choose(values + rows[i] * WIDTH, draws[step * count + i]);
                 if (below != NULL) {
                     if (rows[i] >= blocks_below) /* no sum of anything */
                         rows[i] = 0;
@@ -146,11 +146,11 @@ static PyObject *add_up(PyObject *module, PyObject *const *arguments, Py_ssize_t
             npy_intp node = rows[i] / width;
             if (i > 0 && node == rows[i - 1] / width)
                 continue;
-            const double *block = tree.numbers[level - 1] + node * WIDTH;
+            const double *block = tree.values[level - 1] + node * WIDTH;
             double sum = 0;
             for (int j = 0; j < WIDTH; j++)
                 sum += block[j];
-            tree.numbers[level][node] = sum;
+            tree.values[level][node] = sum;
         }
     Py_RETURN_NONE;
 }

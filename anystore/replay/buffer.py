@@ -9,14 +9,16 @@ import statistics
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
 from anystore.backends.random import BookkeepingRandom
-from anystore.convert import is_array, library_of, to_numpy
+from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, label
 from anystore.plan import as_count
 from anystore.replay.draws import Draws, Usable
@@ -47,7 +49,8 @@ class Sample(NamedTuple):
     ----------
     items : nest of arrays
         Of the containers and dtypes of the spec, but for the reward of n-step returns, which is float32 where that of
-        the spec is no float. Each leaf has ``(batch_size,)`` in front, for windows ``(batch_size, num_steps)``.
+        the spec is no float of NumPy's own: for integers, and for bfloat16 and the like. Each leaf has
+        ``(batch_size,)`` in front, for windows ``(batch_size, num_steps)``.
     rows : array of int64, shape (batch_size,)
         Which items they are, or which ones the windows begin with; for `ReplayBuffer.update_priorities`. They are
         running numbers: ``rows % capacity`` are the rows of the storage. Of int32 where the library has no int64.
@@ -57,7 +60,7 @@ class Sample(NamedTuple):
         Which steps of padded windows are real.
     discounts : array of floats, shape (batch_size,), or None
         For n-step returns, what the value of the following observation counts: the discount to the power of the number
-        of steps, 0 where the episode terminated. Of the dtype of the reward.
+        of steps, 0 where the episode terminated. Of the dtype of the reward in `items`.
     """
 
     items: Any
@@ -150,56 +153,66 @@ class ReplayBuffer:
         casting: Casting = "same_kind",
         seed: int | None = None,
     ) -> None:
-        capacity = as_count("capacity", capacity)
-        for name, mapping in (("shared", shared), ("stacks", stacks)):
-            if mapping is not None and not isinstance(mapping, Mapping):
-                raise TypeError(f"expected {name} to be a mapping by path, found {mapping!r:.80}")
-        lanes = as_count("lanes", lanes)
-        if lanes > capacity:
-            raise ValueError(f"expected a capacity of {lanes} or more, a row for each lane, found {capacity}")
         self._renew_lock()
         self._nest = Nest(data_spec)
         self._backend = select_backend(backend, device)
         self._books = self._backend.bookkeeping
-        self._ring = Ring(capacity, self._backend)
-        self._lanes = Lanes(lanes, self._ring, self._books)
-        self._reward = self._find(reward, "reward", None)
-        self._terminated = self._find(terminated, "terminated", "bool")
-        self._truncated = self._find(truncated, "truncated", "bool")
-        flags = self._terminated, self._truncated
-        if flags[0] is not None and flags[0] == flags[1]:
-            raise ValueError(f"{label(flags[0])}: expected a leaf for terminated and another for truncated, found one")
-        self._following = self._paths_after(following, shared or {})
-        options: dict[str, Any] = {"backend": self._backend, "casting": casting}
-        self._parts = {
-            "shared": dict(shared or {}),
-            "stacks": dict(stacks or {}),
+        self._ring, self._lanes = self._rows_for(capacity, lanes)
+        shared, stacks = _by_path("shared", shared), _by_path("stacks", stacks)
+        self._name_parts(reward, terminated, truncated, following, shared)
+        self._options = {
+            "shared": shared,
+            "stacks": stacks,
             "reward": self._reward,
             "terminated": self._terminated,
             "truncated": self._truncated,
             "following": following if following is None or isinstance(following, str) else list(following),
         }
-        self._layout: Plain
-        if shared or stacks:
-            self._layout = Shared(self._nest, self._ring, self._lanes, shared or {}, stacks or {}, *flags, options)
-        else:
-            self._layout = Plain(Storage(self._nest.data_spec, capacity, **options), self._ring, self._lanes, *flags)
+        self._layout = self._laid_out(shared, stacks, casting)
         self._windows = Windows(self._layout, self._ring, self._lanes, self._books)
-        in_numpy = self._backend.books_in_numpy
-        self._random = BookkeepingRandom(self._backend, seed) if in_numpy else self._backend.random(seed)
-        self._sampler = Uniform() if sampler is None else sampler
-        if not isinstance(self._sampler, Sampler):
-            raise TypeError(f"expected a sampler, such as Prioritized(), found {sampler!r:.80}")
-        self._sampler.open(capacity, self._books, self._random)
-        self._sampled = 0
+        elsewhere = self._backend.books_elsewhere
+        self._random = BookkeepingRandom(self._backend, seed) if elsewhere else self._backend.random(seed)
+        self._sampler = self._opened(Uniform() if sampler is None else sampler)
         self._draws = Draws(self._sampler, self._random, self._books)
+        self._sampled = 0
         self._meter = Meter()
         _there.add(self)
 
     def _renew_lock(self) -> None:
         self.lock = threading.RLock()
 
-    # Where things are -----------------------------------------------------------------------------------------------
+    def _on_device(self) -> AbstractContextManager[object]:
+        """What every method works in: the device of the arrays is the current one, whichever it is for the caller."""
+        # Its stream stays that of the calling thread. Some libraries make what they are not told a device for on the
+        # current one, and run kernels there, wherever the arrays are.
+        return self._backend.stream()
+
+    # Its parts ------------------------------------------------------------------------------------------------------
+
+    def _rows_for(self, capacity: int, lanes: int) -> tuple[Ring, Lanes]:
+        """The ring of so many items, and its lanes."""
+        capacity, lanes = as_count("capacity", capacity), as_count("lanes", lanes)
+        if lanes > capacity:
+            raise ValueError(f"expected a capacity of {lanes} or more, a row for each lane, found {capacity}")
+        ring = Ring(capacity, self._backend)
+        return ring, Lanes(lanes, ring, self._books)
+
+    def _name_parts(
+        self,
+        reward: str | None,
+        terminated: str | None,
+        truncated: str | None,
+        following: str | Sequence[str] | None,
+        shared: Mapping[str, str],
+    ) -> None:
+        """Find the parts of an item that mean something, as the user named them or by their usual names."""
+        self._reward = self._find(reward, "reward", None)
+        self._terminated = self._find(terminated, "terminated", "bool")
+        self._truncated = self._find(truncated, "truncated", "bool")
+        if self._terminated is not None and self._terminated == self._truncated:
+            found = label(self._terminated)
+            raise ValueError(f"{found}: expected a leaf for terminated and another for truncated, found one")
+        self._following = self._paths_after(following, shared)
 
     def _find(self, path: str | None, default: str, dtype: str | None) -> str | None:
         """The path of a leaf as the user gave it, or the default where there is such a leaf."""
@@ -223,6 +236,24 @@ class ReplayBuffer:
                 raise ValueError(f"{part!r} is not in the spec; there are {', '.join(map(label, self._nest.paths))}")
         parts = [*shared, *(["next_obs"] if following is None else named)]
         return tuple(path for path in self._nest.paths if any(below(path, part) for part in parts))
+
+    def _laid_out(self, shared: dict[str, str], stacks: dict[str, int], casting: Casting) -> Plain:
+        """The storages of the items, and how they are in them."""
+        options: dict[str, Any] = {"backend": self._backend, "casting": casting}
+        flags = self._terminated, self._truncated
+        if shared or stacks:
+            return Shared(self._nest, self._ring, self._lanes, shared, stacks, *flags, options)
+        storage = Storage(self._nest.data_spec, self._ring.capacity, **options)
+        return Plain(storage, self._ring, self._lanes, *flags)
+
+    def _opened(self, sampler: Sampler) -> Sampler:
+        """The sampler, ready for this buffer."""
+        if not isinstance(sampler, Sampler):
+            raise TypeError(f"expected a sampler, such as Prioritized(), found {sampler!r:.80}")
+        sampler.open(self._ring.capacity, self._books, self._random)
+        return sampler
+
+    # Where things are -----------------------------------------------------------------------------------------------
 
     @property
     def data_spec(self) -> Any:
@@ -282,7 +313,7 @@ class ReplayBuffer:
     def _state(self) -> dict[str, Any]:
         """All that the buffer goes on from, but for its storages: numbers, strings, and NumPy arrays by name."""
         return {
-            "options": {**self._parts, "lanes": self._lanes.count},
+            "options": {**self._options, "lanes": self._lanes.count},
             "ring": self._ring.state(),
             "lanes": self._lanes.state(),
             "layout": self._layout.state(),
@@ -291,6 +322,20 @@ class ReplayBuffer:
             "sampled": self._sampled,
             "level": self._draws.level,
         }
+
+    def _restore(self, state: dict[str, Any], distances: Storage | None) -> None:
+        """Go on from what `_state` returned, in an empty buffer of the same options whose storages are filled.
+
+        All but the sampler, which comes after it and may be one of the user's own.
+        """
+        self._ring.restore(state["ring"])
+        self._lanes.restore(state["lanes"], distances)
+        self._layout.restore(state["layout"])
+        if state["random"]["kind"] == self._random.kind:
+            self._random.restore(state["random"])
+        self._sampled = int(state["sampled"])
+        self._draws.level = int(state.get("level", 0))
+        self._meter = Meter(self._ring.total, self._sampled)
 
     def __reduce__(self) -> Any:
         raise TypeError("a ReplayBuffer is not copied or pickled; save it, and bring it back by anystore.load")
@@ -313,14 +358,19 @@ class ReplayBuffer:
             As `Storage.set`; nothing has changed then.
         """
         if self._lanes.count > 1:
-            _, count = next(self._counts(item))
+            count = self._count(item)
             if count != self._lanes.count:
                 raise ValueError(f"expected an item of each of {self._lanes.count} lanes, found {count} items")
             self.extend(item)
             return
-        with self.lock, self._backend.stream():
-            self._layout.write_one(item)
-            self._advance(1)
+        try:
+            with self.lock, self._on_device():
+                self._layout.write_one(item)
+                self._advance(1)
+        except ValueError as error:
+            if not self._looks_like_a_batch(item):
+                raise
+            raise ValueError(f"{error}; this looks like a batch, which extend takes") from None
 
     def extend(self, batch: Any, *, lanes: Any = None) -> None:
         """Add a batch of items, oldest first.
@@ -339,12 +389,12 @@ class ReplayBuffer:
         ValueError, TypeError, OverflowError
             As `Storage.set`, or if the lanes are not right; nothing has changed then.
         """
-        _, count = next(self._counts(batch))
+        count = self._count(batch)
         try:
-            with self.lock, self._backend.stream():
+            with self.lock, self._on_device():
                 of_items = self._lanes.of_batch(count, lanes)
                 in_turn = self._lanes.count if of_items is None else len(of_items)
-                for part, number in self._layout.admit(batch, count, in_turn):
+                for part, number in self._layout.parts_of(batch, count, in_turn):
                     self._layout.write(part, number, of_items)
                     self._lanes.added(number, of_items)
                     self._advance(number)
@@ -357,28 +407,47 @@ class ReplayBuffer:
         newest = min(count, self._ring.capacity)
         self._sampler.added(range(self._ring.total - newest, self._ring.total))
 
-    def _counts(self, batch: Any) -> Iterator[tuple[str, int]]:
-        """How many items a batch has, by each of its leaves that tells."""
-        found = False
-        for path, leaf, spec in zip(self._nest.paths, self._nest.flatten(batch), self._nest.specs):
-            shape = leaf.shape if is_array(leaf) else np.shape(leaf)
+    def _count(self, batch: Any) -> int:
+        """How many items a batch has, as the first of its leaves has it that tells."""
+        for leaf, spec in zip(self._nest.flatten(batch), self._nest.specs):
+            shape = shape_of(leaf)
             if len(shape) == len(spec.shape) + 1:
-                found = True
-                yield path, int(shape[0])
-        if not found:
-            paths = ", ".join(map(label, self._nest.paths))
-            raise ValueError(
-                "expected a batch, one axis of items in front of each leaf (for steps and lanes together), found none "
-                f"or more in {paths}"
-            )
+                return int(shape[0])
+        raise ValueError(
+            "expected a batch, one axis of items in front of each leaf (for steps and lanes together), "
+            f"found {self._instead_of_a_batch(batch)}"
+        )
+
+    def _instead_of_a_batch(self, value: Any) -> str:
+        """What `value` looks like, and what to do with it."""
+        leaves = self._nest.flatten(value)
+        if any(shape_of(leaf) != spec.shape for leaf, spec in zip(leaves, self._nest.specs)):
+            return f"none or more in {', '.join(map(label, self._nest.paths))}"
+        if self._lanes.count > 1:
+            return "what looks like a single item; give it that axis, and name its lane: extend(..., lanes=[...])"
+        return "what looks like a single item, which add takes"
+
+    def _looks_like_a_batch(self, value: Any) -> bool:
+        """Whether every leaf is as in a batch of as many items."""
+        try:
+            shapes = [shape_of(leaf) for leaf in self._nest.flatten(value)]
+        except (ValueError, TypeError):
+            return False
+        lead = shapes[0][:1]
+        return len(lead) == 1 and all(shape == lead + spec.shape for shape, spec in zip(shapes, self._nest.specs))
 
     def _check_counts(self, batch: Any) -> None:
         """Refuse a batch whose leaves do not have the same number of items."""
-        counts = dict(self._counts(batch))
+        shapes = {path: shape_of(leaf) for path, leaf in zip(self._nest.paths, self._nest.flatten(batch))}
+        specs = self._nest.leaves
+        counts = {path: shape[0] for path, shape in shapes.items() if len(shape) == len(specs[path].shape) + 1}
         most = statistics.mode(counts.values())
+        known = next(path for path, count in counts.items() if count == most)
         for path, count in counts.items():
             if count != most:
-                raise ValueError(f"{label(path)}: expected {most} items, as most leaves have, found {count}") from None
+                raise ValueError(
+                    f"{label(path)}: expected {most} items, as {label(known)} has, found {count}"
+                ) from None
 
     def end_episode(self, lanes: Any = None) -> None:
         """Let the episodes of these lanes, or of all, end with their newest items, as if these had been truncated.
@@ -390,12 +459,12 @@ class ReplayBuffer:
         ValueError
             If the spec has no flag for it, or the lanes are not right.
         """
-        with self.lock, self._backend.stream():
+        with self.lock, self._on_device():
             self._layout.end(self._lanes.named(lanes))
 
     def clear(self) -> None:
         """Forget all items; `total_added` goes on from where it is, and settings and generator stay as they are."""
-        with self.lock, self._backend.stream():
+        with self.lock, self._on_device():
             self._ring.clear()
             self._lanes.clear()
             self._layout.clear()
@@ -478,13 +547,13 @@ class ReplayBuffer:
         """
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
-        with self.lock, self._backend.stream():
+        with self.lock, self._on_device():
             candidates, usable = self._choice(how)
             drawn = self._draws.draw(batch_size, candidates, usable)
             self._sampled += batch_size
-            oldest = candidates.start - self._ring.items.start
-            places = drawn + oldest if oldest else drawn
-            return self._sample_of(places, how, self._sampler.weights(drawn, candidates))
+            too_old = candidates.start - self._ring.items.start
+            places = drawn + too_old if too_old else drawn
+            return self._sample_of(places, how, self._draws.weights(drawn, candidates))
 
     def one_pass(
         self,
@@ -507,49 +576,54 @@ class ReplayBuffer:
         """
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
-        with self.lock, self._backend.stream():
+        with self.lock, self._on_device():
             candidates, _ = self._choice(how)
             numbers = to_numpy(self._random.permutation(len(candidates))).astype(np.int64) + candidates.start
         return self._pass_through(numbers, batch_size, how)
 
-    def _pass_through(self, numbers: Any, batch_size: int, how: _How) -> Iterator[Sample]:
-        position = 0
-        while position < len(numbers):
-            with self.lock, self._backend.stream():
-                oldest, tests = self._requirements(how)
-                chosen: list[Any] = []
-                while position < len(numbers) and len(chosen) < batch_size:
-                    some = numbers[position : position + batch_size - len(chosen)]
-                    position += len(some)
-                    some = some[some >= self._ring.items.start + oldest]
-                    for test in tests if len(some) else ():
-                        some = some[to_numpy(test(self._ring.places_of(some)))]
-                    chosen.extend(some)
-                if not chosen:
+    def _pass_through(self, numbers: NDArray[np.int64], batch_size: int, how: _How) -> Iterator[Sample]:
+        while len(numbers):
+            with self.lock, self._on_device():
+                chosen, numbers = self._first_usable(numbers, batch_size, how)
+                if not len(chosen):
                     return
                 self._sampled += len(chosen)
-                sample = self._sample_of(self._ring.places_of(np.asarray(chosen)), how)
+                sample = self._sample_of(self._ring.places_of(chosen), how)
             yield sample
+
+    def _first_usable(
+        self, numbers: NDArray[np.int64], count: int, how: _How
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first `count` of these items that are there and of use, or all that are, and those behind them."""
+        too_old, tests = self._requirements(how)
+        chosen = numbers[:0]
+        while len(numbers) and len(chosen) < count:
+            some, numbers = np.split(numbers, [count - len(chosen)])
+            some = some[some >= self._ring.items.start + too_old]
+            for test in tests if len(some) else ():
+                some = some[to_numpy(test(self._ring.places_of(some)))]
+            chosen = np.concatenate([chosen, some])
+        return chosen, numbers
 
     def _requirements(self, how: _How) -> tuple[int, list[Usable]]:
         """How many of the oldest items cannot be read, and what tells of others whether they are of use."""
-        oldest = self._layout.margin * self._lanes.count if self._ring.overwrote else 0
+        too_old = self._layout.margin * self._lanes.count if self._ring.overwrote else 0
         tests = []
         if (beginning := self._windows.beginning(how.num_steps or 1, how.at_end)) is not None:
             tests.append(beginning)
-        if oldest and not self._lanes.in_step:
+        if too_old and not self._lanes.in_step:
             tests.append(self._layout.readable)
-        return oldest, tests
+        return too_old, tests
 
     def _choice(self, how: _How) -> tuple[range, Usable | None]:
         """The items to draw from, and what tells which of their places are of use; None if all are."""
         items = self._ring.items
         if not items:
             raise ValueError("the buffer is empty; add items before sampling")
-        oldest, tests = self._requirements(how)
+        too_old, tests = self._requirements(how)
         steps = (how.num_steps or 1) - 1
-        newest = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
-        candidates = range(items.start + oldest, max(items.start + oldest, items.stop - newest))
+        too_new = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
+        candidates = range(items.start + too_old, max(items.start + too_old, items.stop - too_new))
         if not candidates:
             raise ValueError(
                 f"{len(items)} items of {self._lanes.count} lane(s) hold no window of {steps + 1} steps that can be "
@@ -559,7 +633,7 @@ class ReplayBuffer:
             return candidates, None
 
         def usable(places: Array) -> Array:
-            places = places + oldest if oldest else places
+            places = places + too_old if too_old else places
             return functools.reduce(operator.and_, [test(places) for test in tests])
 
         return candidates, usable
@@ -568,8 +642,7 @@ class ReplayBuffer:
         """The items at these places, or what begins with them."""
         given = self._backend.from_bookkeeping
         rows = given(self._ring.numbers(places))
-        if weights is not None and library_of(weights) != self._backend.library:
-            weights = given(to_numpy(weights))
+        weights = None if weights is None else given(weights)
         if how.n_step is not None:
             merged, discounts = self._merged(places, how.n_step, how.discount)
             return Sample(merged, rows, weights, discounts=discounts)
@@ -651,7 +724,7 @@ class ReplayBuffer:
             If the sampler has no priorities, or the rows are no integers.
         """
         backend, xp = self._books, self._books.xp
-        with self.lock, self._backend.stream():
+        with self.lock, self._on_device():
             numbers = self._as_numbers(rows)
             values = as_priorities(priorities, int(numbers.shape[0]), backend, self._backend.float_dtype)
             places, count, size = self._ring.places(numbers), int(numbers.shape[0]), self.size
@@ -676,7 +749,7 @@ class ReplayBuffer:
 
     def counts(self) -> Counts:
         """What `stats` are made of."""
-        with self.lock, self._backend.stream():
+        with self.lock, self._on_device():
             items = self._ring.items
             some = items[:: -(-len(items) // _LOOKED_AT) or 1]
             return Counts(
@@ -710,7 +783,7 @@ class ReplayBuffer:
         TypeError
             If it is another.
         """
-        with self.lock, self._backend.stream():
+        with self.lock, self._on_device():
             if not isinstance(self._sampler, Prioritized):
                 raise TypeError(f"a {type(self._sampler).__name__} sampler has no priorities; use Prioritized")
             return self._backend.from_bookkeeping(self._sampler.priorities(self._ring.items))
@@ -728,6 +801,18 @@ def _renew_locks() -> None:
 if hasattr(os, "register_at_fork"):
     # In the child there is no thread that could give back a lock that another one held at that moment.
     os.register_at_fork(after_in_child=_renew_locks)
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """The shape of an array of any library, or of numbers in lists."""
+    return tuple(leaf.shape) if is_array(leaf) else np.shape(leaf)
+
+
+def _by_path(name: str, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A mapping that the user gave, checked, as a dict of our own."""
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise TypeError(f"expected {name} to be a mapping by path, found {mapping!r:.80}")
+    return dict(mapping or {})
 
 
 def below(path: str, part: str) -> bool:

@@ -13,7 +13,7 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
 from anystore.convert import is_array, library_of, to_numpy
-from anystore.replay.samplers import Sampler
+from anystore.replay.samplers import Prioritized, Sampler
 from anystore.specs import as_dtype
 
 Usable = Callable[[Array], Array]
@@ -34,8 +34,8 @@ class Draws:
         What draws; one of the user's own is not trusted.
     random : Random
         For the draws that it does not make itself.
-    backend : Backend
-        The bookkeeping of that of the items: what places are computed with.
+    books : Backend
+        What places are computed with: the `bookkeeping` of the backend of the items.
 
     Attributes
     ----------
@@ -43,12 +43,12 @@ class Draws:
         How many more are drawn than are wanted, so that enough of them are of use, as it was found to be right before.
     """
 
-    def __init__(self, sampler: Sampler, random: Random, backend: Backend) -> None:
+    def __init__(self, sampler: Sampler, random: Random, books: Backend) -> None:
         self._sampler = sampler
         self._random = random
-        self._backend = backend
+        self._books = books
         self._is_inside = _is_inside(type(sampler))
-        self._nothing = backend.as_index(np.empty(0, np.intp))
+        self._nothing = books.as_index(np.empty(0, np.intp))
         self.level = 0
 
     def draw(self, count: int, items: range, usable: Usable | None) -> Array:
@@ -59,7 +59,7 @@ class Draws:
         ValueError
             If none is, or not as many as are wanted without replacement.
         """
-        sampler, xp = self._sampler, self._backend.xp
+        sampler, xp = self._sampler, self._books.xp
         if self._is_inside and usable is None and not sampler.distinct:
             return self._drawn(count, items)
         if sampler.distinct and 2 * count > len(items):
@@ -70,14 +70,14 @@ class Draws:
             # library that compiles does so for every shape.
             more = self._drawn(_drawn_at(self.level, count) - places.shape[0], items)
             places = xp.concat([places, more]) if places.shape[0] else more
-            if usable is None and not sampler.distinct and self._backend.inside(places, len(items)):
+            if usable is None and not sampler.distinct and self._books.inside(places, len(items)):
                 self.level = 0
                 return places[:count]
             good = self._good(places, items, usable)
-            found = self._backend.count(good)
+            found = self._books.count(good)
             if found >= count:
                 self._settle(count, found / places.shape[0])
-                return xp.take(places, self._backend.chosen(good)[:count], axis=0)
+                return xp.take(places, self._books.chosen(good)[:count], axis=0)
             self.level += 1
         self._refuse_strangers(places, items)
         return self._draw_exactly(count, items, usable)
@@ -105,21 +105,42 @@ class Draws:
 
     def _drawn(self, count: int, items: range) -> Array:
         places = self._sampler.draw(count, items)
-        if self._is_inside and library_of(places) == self._backend.library:
+        if self._is_inside and library_of(places) == self._books.library:
             return places
         if not is_array(places) or tuple(places.shape) != (count,) or as_dtype(places.dtype).kind not in "iu":
             raise TypeError(
                 f"expected {count} places from {type(self._sampler).__name__}.draw, a flat array of integers, found "
                 f"{places!r:.80}"
             )
-        if library_of(places) != self._backend.library:
-            places = self._backend.as_index(to_numpy(places))
+        if library_of(places) != self._books.library:
+            places = self._books.as_index(to_numpy(places))
         # A copy, since it may be an array that the sampler goes on to use.
-        return self._backend.xp.astype(places, self._nothing.dtype, copy=True)
+        return self._books.xp.astype(places, self._nothing.dtype, copy=True)
+
+    def weights(self, places: Array, items: range) -> Array | None:
+        """The importance weights of what was drawn, of float32 and in memory of their own; None if all are the same.
+
+        Raises
+        ------
+        TypeError
+            If a sampler of the user's own finds no such weights.
+        """
+        weights, books, wanted = self._sampler.weights(places, items), self._books, np.dtype("float32")
+        if weights is None or type(self._sampler).weights is Prioritized.weights:
+            return weights
+        if not is_array(weights) or tuple(weights.shape) != tuple(places.shape):
+            raise TypeError(
+                f"expected {places.shape[0]} weights from {type(self._sampler).__name__}.weights, a flat array, found "
+                f"{weights!r:.80}"
+            )
+        brought = books.bring(weights, wanted)
+        brought = books.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
+        # A copy, since it may be an array that the sampler goes on to use.
+        return books.xp.astype(brought, books.native_dtype(wanted), copy=True)
 
     def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
         """Which draws are of use."""
-        xp = self._backend.xp
+        xp = self._books.xp
         if self._is_inside:
             good = xp.ones_like(places, dtype=xp.bool) if usable is None else usable(places)
         else:
@@ -133,11 +154,11 @@ class Draws:
         _, first = np.unique(to_numpy(places), return_index=True)
         new = np.zeros(places.shape[0], bool)
         new[first] = True
-        return self._backend.from_numpy(new)
+        return self._books.from_numpy(new)
 
     def _draw_exactly(self, count: int, items: range, usable: Usable | None) -> Array:
-        """The same by a look at every item."""
-        every = self._backend.as_index(np.arange(len(items)))
+        """What `draw` returns, found by a look at every item."""
+        every = self._books.as_index(np.arange(len(items)))
         found = self._sampler.chances(every, items)
         chances = np.ones(len(items)) if found is None else to_numpy(found)
         good = chances > 0
@@ -150,9 +171,7 @@ class Draws:
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
         self._settle(count, float(min(1.0, chances[good].sum() / chances.sum())))
-        return self._backend.as_index(
-            places[self._chosen(len(places), count, None if found is None else chances[good])]
-        )
+        return self._books.as_index(places[self._chosen(len(places), count, None if found is None else chances[good])])
 
     def _chosen(self, length: int, count: int, chances: NDArray[Any] | None) -> NDArray[np.intp]:
         """`count` positions below `length`, by their chances."""

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from anystore.backends.base import Array
 from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, children, label, map_leaves
-from anystore.replay.buffer import ReplayBuffer
+from anystore.replay.buffer import ReplayBuffer, shape_of
 from anystore.specs import ArraySpec, as_dtype, kind_of, understand
 from anystore.values import Casting
 
@@ -284,7 +284,7 @@ class Recorder:
         """The leaves of an observation, if they are of each environment."""
         leaves = self._nest_of_obs.flatten(obs)
         for path, leaf, spec in zip(self._nest_of_obs.paths, leaves, self._nest_of_obs.specs):
-            shape = _shape(leaf)
+            shape = shape_of(leaf)
             if shape != self._lead + spec.shape:
                 where = label(f"obs/{path}" if path else "obs")
                 raise ValueError(f"{where}: expected shape {self._lead + spec.shape}, found {shape}")
@@ -353,10 +353,10 @@ class Recorder:
                 self.buffer.add(self._nest.pack(leaves))
             return
         for path, leaf in zip(self._nest.paths, leaves):
-            if _shape(leaf)[:1] != self._lead:
+            if shape_of(leaf)[:1] != self._lead:
                 raise ValueError(
                     f"{label(path)}: expected {self._lead[0]} in front, one for each environment, "
-                    f"found shape {_shape(leaf)}"
+                    f"found shape {shape_of(leaf)}"
                 )
         if live is self._all:
             self.buffer.extend(self._nest.pack(leaves))
@@ -432,10 +432,6 @@ def _gymnasium_knows_no_other() -> bool:
 
 def _host(value: Any) -> NDArray[Any]:
     return to_numpy(value) if is_array(value) else np.asarray(value)
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return tuple(leaf.shape) if is_array(leaf) else np.shape(leaf)
 
 
 def _copy(leaf: Any) -> Any:

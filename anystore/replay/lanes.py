@@ -31,15 +31,15 @@ class Lanes:
         How many.
     ring : Ring
         The ring that their items are in.
-    backend : Backend
-        The bookkeeping of that of the items: what places are computed with.
+    books : Backend
+        What places are computed with: the `bookkeeping` of the backend of the items.
     """
 
-    def __init__(self, count: int, ring: Ring, backend: Backend) -> None:
+    def __init__(self, count: int, ring: Ring, books: Backend) -> None:
         self.count = count
         self._ring = ring
-        self._backend = backend
-        self._distances: Storage | None = None
+        self._books = books
+        self._keep(None)
         self._newest = np.full(count, -1, np.int64)  # kept only with distances
 
     @property
@@ -119,7 +119,7 @@ class Lanes:
         return self._neighbours("ahead", places)
 
     def behind(self, places: Array) -> tuple[Array, Array]:
-        """The same for the previous items."""
+        """The places of the items before in the same lanes, and whether there are such; else the places as they are."""
         return self._neighbours("behind", places)
 
     def every_behind(self) -> NDArray[Any]:
@@ -131,7 +131,7 @@ class Lanes:
     def clear(self) -> None:
         """All items are gone, and none of them is the previous one of what comes."""
         self._newest[:] = -1
-        self._distances = None
+        self._keep(None)
 
     def _neighbours(self, name: str, places: Array) -> tuple[Array, Array]:
         sign, count = 1 if name == "ahead" else -1, len(self._ring.items)
@@ -140,15 +140,15 @@ class Lanes:
             there = (found >= 0) & (found < count)
         else:
             distance = self._distances.get(self._ring.index(places))[name]
-            distance = self._backend.xp.astype(distance, places.dtype)
+            distance = self._books.xp.astype(distance, places.dtype)
             found = places + sign * distance
             there = (distance > 0) & (found >= 0) & (found < count)
-        return self._backend.xp.where(there, found, places), there
+        return self._books.xp.where(there, found, places), there
 
     def _keep_distances(self) -> None:
         """From now on; the items that are there were all written in step."""
         self._newest = self.newest().copy()
-        distances = Storage(DISTANCES, self._ring.capacity, backend=self._backend)
+        distances = Storage(DISTANCES, self._ring.capacity, backend=self._books)
         self._keep(distances)
         items = np.asarray(self._ring.items)
         ahead = np.where(items + self.count < self._ring.total, self.count, 0)
@@ -159,6 +159,7 @@ class Lanes:
     def _note(self, numbers: NDArray[np.int64], previous: NDArray[np.int64]) -> None:
         """Items of these numbers, and what the previous one of the lane is for each; -1 for none."""
         assert self._distances is not None
+        assert self._ahead is not None
         capacity = self._ring.capacity
         linked = previous > max(-1, numbers[-1] - capacity)  # and not overwritten by one of these items
         distance = np.where(linked, numbers - previous, 0).astype(np.int32)
@@ -175,12 +176,11 @@ class Lanes:
     def restore(self, state: dict[str, Any], distances: Storage | None) -> None:
         """Be as the lanes were that `state` is of."""
         self._newest = np.asarray(state["newest"], np.int64)
-        if distances is not None:
-            self._keep(distances)
+        self._keep(distances)
 
-    def _keep(self, distances: Storage) -> None:
+    def _keep(self, distances: Storage | None) -> None:
         self._distances = distances
-        self._ahead = distances.select("ahead")
+        self._ahead = None if distances is None else distances.select("ahead")
 
     @property
     def distances(self) -> Storage | None:

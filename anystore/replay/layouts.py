@@ -53,7 +53,7 @@ class Plain:
         """Whether it is told where episodes end."""
         return self._ends is not None
 
-    def admit(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
+    def parts_of(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
         """A batch of items of so many lanes in turn, in parts that `write` takes one after the other, with their items.
 
         Raises

@@ -29,7 +29,7 @@ class Ring:
     capacity : int
         The number of rows.
     backend : Backend
-        Where the items are.
+        Where the items are, whose `bookkeeping` places and numbers are computed with.
 
     Attributes
     ----------
@@ -39,11 +39,11 @@ class Ring:
         A multiple of the capacity. Numbers are handed out modulo it, so that they fit into what the library counts in.
     """
 
-    __slots__ = ("_backend", "_cleared", "_overwrote", "capacity", "period", "total")
+    __slots__ = ("_books", "_cleared", "_overwrote", "capacity", "period", "total")
 
     def __init__(self, capacity: int, backend: Backend) -> None:
         self.capacity = capacity
-        self._backend = backend.bookkeeping
+        self._books = backend.bookkeeping
         most = int(np.iinfo(backend.index_dtype).max) + 1
         self.period = capacity * (most // capacity - 1) or capacity
         self.total = 0
@@ -66,22 +66,22 @@ class Ring:
         return _turned(places, self.items, self.capacity)
 
     def index(self, places: Array) -> KnownRows:
-        """The same as an index."""
-        return KnownRows(self._backend.as_rows(self.rows(places)), self.capacity)
+        """The rows of the items at these places, as an index of a storage."""
+        return KnownRows(self._books.as_rows(self.rows(places)), self.capacity)
 
     def numbers(self, places: Array) -> Array:
         """The numbers of the items at these places, modulo the period."""
         return _turned(places, self.items, self.period)
 
     def places(self, numbers: Array) -> Array:
-        """The places of the items of these numbers, modulo the period; no places for those that are not there."""
+        """The places of the items of these numbers, modulo the period; outside [0, size) of those that are gone."""
         items = self.items
         places = numbers - items.start % self.period
         return places % self.period if items.stop > self.period else places
 
     def places_of(self, numbers: NDArray[np.int64]) -> Array:
-        """The same for numbers in main memory, as they are and not modulo the period."""
-        return self._backend.as_index(numbers - self.items.start)
+        """The places of the items of these numbers, which are in main memory and not modulo the period."""
+        return self._books.as_index(numbers - self.items.start)
 
     def in_order(self, leaf: Storage) -> NDArray[Any]:
         """A copy in main memory of what the storage of one leaf has for all items, oldest first."""

@@ -107,6 +107,10 @@ class Uniform(Sampler):
     def __init__(self, *, replacement: bool = True) -> None:
         self.distinct = not replacement
 
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+        return {"replacement": not self.distinct}
+
     def draw(self, count: int, items: range) -> Array:
         return self.random.integers(len(items), count)
 
@@ -129,6 +133,10 @@ class Recent(Sampler):
     def __init__(self, newest: int, *, replacement: bool = True) -> None:
         self.newest = as_count("newest", newest)
         self.distinct = not replacement
+
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+        return {"newest": self.newest, "replacement": not self.distinct}
 
     def draw(self, count: int, items: range) -> Array:
         oldest = max(0, len(items) - self.newest)
@@ -184,6 +192,10 @@ class Prioritized(Sampler):
         """What is added to each priority."""
         return self._epsilon
 
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+        return {"alpha": self.alpha, "beta": self.beta, "epsilon": self.epsilon}
+
     def open(self, capacity: int, backend: Backend, random: Random) -> None:
         super().open(capacity, backend, random)
         self._tree = SumTree(capacity, backend)
@@ -231,38 +243,41 @@ class Prioritized(Sampler):
 
     def priorities(self, items: range) -> Array:
         """The priorities of these items, oldest first."""
-        numbers = self._numbers(items)
-        return numbers ** (1 / self.alpha) - self.epsilon if self.alpha else numbers - self.epsilon
+        scaled = self._scaled(items)
+        return scaled ** (1 / self.alpha) - self.epsilon if self.alpha else scaled - self.epsilon
 
     def state(self, items: range) -> dict[str, Any]:
-        """The settings, the highest priority, and the numbers of the items in the tree, oldest first."""
-        settings = {"alpha": self.alpha, "beta": self.beta, "epsilon": self.epsilon}
-        return {**settings, "highest": self.highest, "numbers": to_numpy(self._numbers(items))}
+        """The settings, the highest priority, and what the tree holds of the items, oldest first, as "numbers".
+
+        The settings are part of it, since the rest says nothing without them: a sampler of others that is handed to
+        `anystore.load` goes on with those of the one that was saved.
+        """
+        return {**self._settings(), "highest": self.highest, "numbers": to_numpy(self._scaled(items))}
 
     def restore(self, state: dict[str, Any], items: range) -> None:
         self._alpha, self.beta, self._epsilon = state["alpha"], state["beta"], state["epsilon"]
         self.highest = state["highest"]
-        numbers = np.asarray(state["numbers"], self.backend.float_dtype)[-len(items) :]
+        scaled = np.asarray(state["numbers"], self.backend.float_dtype)[-len(items) :]
         if items:
-            self._tree.set(self._rows(items), self.backend.from_numpy(numbers))
+            self._tree.set(self._rows(items), self.backend.from_numpy(scaled))
         self._waiting = range(0)
 
     def _rows(self, items: range) -> Array:
         rows = np.arange(items.start, items.stop, items.step) % self.capacity
         return self.backend.as_index(rows)
 
-    def _numbers(self, items: range) -> Array:
-        """The numbers of items in the tree, oldest first."""
+    def _scaled(self, items: range) -> Array:
+        """What the tree holds of items, ``(priority + epsilon) ** alpha``, oldest first."""
         self._let_in()
         return self._tree.get(self._rows(items))
 
     def _let_in(self) -> None:
         """Give the items that were added since the last time the highest priority."""
-        number = (self.highest + self.epsilon) ** self.alpha
+        scaled = (self.highest + self.epsilon) ** self.alpha
         while self._waiting:
             start = self._waiting.start % self.capacity
             run = range(start, min(self.capacity, start + len(self._waiting)))
-            self._tree.set_run(run, number)
+            self._tree.set_run(run, scaled)
             self._waiting = range(self._waiting.start + len(run), self._waiting.stop)
 
 

@@ -15,7 +15,6 @@ from anystore.convert import to_numpy
 from anystore.nests import Nest
 from anystore.replay.lanes import DISTANCES
 from anystore.replay.samplers import Prioritized, Recent, Sampler, Uniform
-from anystore.replay.stats import Meter
 from anystore.snapshot import Snapshot, SnapshotError, save_snapshot
 from anystore.snapshot.described import describe, rebuild
 from anystore.snapshot.manifest import MANIFEST
@@ -27,13 +26,8 @@ if TYPE_CHECKING:
     from anystore.replay.buffer import ReplayBuffer
 
 
-_SETTINGS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "Uniform": lambda sampler: {"replacement": not sampler.distinct},
-    "Recent": lambda sampler: {"newest": sampler.newest, "replacement": not sampler.distinct},
-    "Prioritized": lambda sampler: {"alpha": sampler.alpha, "beta": sampler.beta, "epsilon": sampler.epsilon},
-}
-"""The samplers that can be made anew, and what each is to be made with."""
-_CLASSES = {"Uniform": Uniform, "Recent": Recent, "Prioritized": Prioritized}
+_OURS = (Uniform, Recent, Prioritized)
+"""The samplers that can be made anew."""
 _BY_ITEM = ("items", "marks", "distances")
 """The storages that have a row for each row of the ring."""
 _WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
@@ -58,8 +52,7 @@ def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, p
 
 def _settings(sampler: Sampler) -> dict[str, Any] | None:
     """What a sampler that comes with anystore is made with; None for a class of the user's own."""
-    name = type(sampler).__name__
-    return _SETTINGS[name](sampler) if type(sampler) is _CLASSES.get(name) else None
+    return sampler._settings() if isinstance(sampler, _OURS) and type(sampler) in _OURS else None
 
 
 def _check_state(state: dict[str, Any]) -> None:
@@ -141,6 +134,7 @@ class _State:
         self._class: str = state["sampler_class"]
         self._settings: dict[str, Any] | None = state["sampler_settings"]
         self._state: dict[str, Any] = _with_arrays(state["buffer"], "", snapshot.arrays())
+        self._of_sampler = self._state["sampler"]
         ring = self._state["ring"]
         oldest, total = ring["oldest"], ring["total"]
         if not 0 <= oldest <= total < 2**62 or not total - oldest <= self.capacity:
@@ -158,13 +152,13 @@ class _State:
         SnapshotError
             If its class is one of the user's own.
         """
-        if self._settings is None or self._class not in _CLASSES:
+        found = next((each for each in _OURS if each.__name__ == self._class), None)
+        if self._settings is None or found is None:
             raise SnapshotError(f"{self._where}: its sampler is a {self._class!r:.80}; pass a new one as sampler=")
         try:
-            sampler: Sampler = _CLASSES[self._class](**self._settings)
+            return found(**self._settings)
         except (TypeError, ValueError) as error:
             raise SnapshotError(f"{self._where}: expected the settings of a {self._class} ({error})") from None
-        return sampler
 
     def checked(self, sampler: Sampler) -> Sampler:
         """A sampler that the user made.
@@ -191,9 +185,9 @@ class _State:
             options.update(_checked_options(self._state["options"]))
             # For a generator of another kind than the one that was saved, which cannot go on from its state.
             options["seed"] = zlib.crc32(json.dumps(self._state["random"], default=str).encode())
-            return ReplayBuffer(data_spec, capacity, **options)
         except (KeyError, TypeError, AttributeError) as error:
             raise SnapshotError(f"{self._where}: expected the options of a replay buffer ({error!r})") from None
+        return ReplayBuffer(data_spec, capacity, **options)
 
     def fill(self, buffer: ReplayBuffer, bar: Progress) -> None:
         """Bring an empty buffer to where the saved one was.
@@ -216,11 +210,14 @@ class _State:
                 storage.resize(entry.capacity)
             self._snapshot.fill(storage, name, moved=moved if name in _BY_ITEM else None, bar=bar)
         try:
-            self._restore(buffer, distances)
+            self._check(buffer, distances)
+            buffer._restore(self._state, distances)
         except _WRONG as error:
             raise SnapshotError(
                 f"{self._where}: expected the state of a replay buffer, found another ({error})"
             ) from None
+        # By itself, since an error in a sampler of the user's own is none of the snapshot.
+        buffer.sampler.restore(self._of_sampler, buffer._ring.items)
 
     def _moved(self, capacity: int) -> Callable[[NDArray[np.intp]], NDArray[np.intp]]:
         """What gives the rows of the newest items in a ring of another capacity."""
@@ -234,23 +231,15 @@ class _State:
 
         return moved
 
-    def _restore(self, buffer: ReplayBuffer, distances: Storage | None) -> None:
-        state = self._state
-        buffer._ring.restore(state["ring"])
-        if state["lanes"]["in_step"] != (distances is None) or len(state["lanes"]["newest"]) != buffer.lanes:
+    def _check(self, buffer: ReplayBuffer, distances: Storage | None) -> None:
+        """Check what would not be noticed where it is taken."""
+        lanes = self._state["lanes"]
+        if lanes["in_step"] != (distances is None) or len(lanes["newest"]) != buffer.lanes:
             raise ValueError("the lanes do not fit")
-        buffer._lanes.restore(state["lanes"], distances)
         if "records" in buffer._layout.storages:
-            _check_records(buffer, state["layout"])
-        buffer._layout.restore(state["layout"])
+            _check_records(buffer, self._state["layout"])
         if type(buffer.sampler) is Prioritized:
-            _check_chances(state["sampler"], len(self._items))
-        buffer.sampler.restore(state["sampler"], buffer._ring.items)
-        if state["random"]["kind"] == buffer._random.kind:
-            buffer._random.restore(state["random"])
-        buffer._sampled = int(state["sampled"])
-        buffer._meter = Meter(buffer.total_added, buffer._sampled)
-        buffer._draws.level = int(state.get("level", 0))
+            _check_chances(self._of_sampler, len(self._items))
 
 
 def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -294,8 +283,8 @@ def _check_records(buffer: ReplayBuffer, layout: dict[str, Any]) -> None:
 
 def _check_chances(state: dict[str, Any], count: int) -> None:
     """Check that there is a chance for each item and for new ones: rows are drawn with them without another look."""
-    numbers = state["numbers"]
-    if numbers.shape != (count,) or numbers.dtype.kind != "f" or not (np.isfinite(numbers) & (numbers >= 0)).all():
+    scaled = state["numbers"]
+    if scaled.shape != (count,) or scaled.dtype.kind != "f" or not (np.isfinite(scaled) & (scaled >= 0)).all():
         raise ValueError(f"no chances of {count} items")
     if not np.isfinite((state["highest"] + state["epsilon"]) ** state["alpha"] * state["beta"]):
         raise ValueError("no chance of a new item")

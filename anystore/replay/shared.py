@@ -73,7 +73,7 @@ class _Observation(NamedTuple):
         assert self.axis is not None
         return (*(slice(None),) * (self.axis + 1), frames, ...)
 
-    def together(self, frames: Array, xp: Any) -> Array:
+    def assembled(self, frames: Array, xp: Any) -> Array:
         """The leaves that consist of these frames, which have an axis of their own behind that of the items."""
         return frames[:, 0, ...] if self.axis is None else xp.moveaxis(frames, 1, self.axis + 1)
 
@@ -148,15 +148,15 @@ class Shared(Plain):
 
     # Writing --------------------------------------------------------------------------------------------------------
 
-    def admit(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
+    def parts_of(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
         leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(batch, (count,)))))
-        parts = self._apart(leaves)
+        parts = self._taken_apart(leaves)
         # As many whole steps at a time as there are rows, so that no item is overwritten by its own batch.
         most = self._ring.capacity // lanes * lanes
         slices = [slice(start, min(count, start + most)) for start in range(0, count, most)]
         return [(parts.at(each), each.stop - each.start) for each in slices]
 
-    def _apart(self, leaves: dict[str, Array]) -> _Parts:
+    def _taken_apart(self, leaves: dict[str, Array]) -> _Parts:
         """A batch of whole items in the parts that are needed, checked."""
         seen: dict[str, NDArray[Any]] = {}
         for each in self._observations:
@@ -175,7 +175,7 @@ class Shared(Plain):
 
     def write_one(self, item: Any) -> None:
         leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(item))))
-        self.write(self._apart({path: leaf[None, ...] for path, leaf in leaves.items()}), 1, None)
+        self.write(self._taken_apart({path: leaf[None, ...] for path, leaf in leaves.items()}), 1, None)
 
     def write(self, batch: _Parts, count: int, lanes: NDArray[np.intp] | None) -> None:
         ids = np.arange(self._lanes.count) if lanes is None else lanes
@@ -311,9 +311,9 @@ class Shared(Plain):
                 break
         for each in self._observations:
             if each.axis is not None and each.path in wanted:
-                leaves[each.path] = self._together(each, rows[:, :-1], of_records[:, :-1])
+                leaves[each.path] = self._assembled(each, rows[:, :-1], of_records[:, :-1])
             if each.after is not None and each.after in wanted:
-                leaves[each.after] = self._together(each, rows[:, 1:], of_records[:, 1:])
+                leaves[each.after] = self._assembled(each, rows[:, 1:], of_records[:, 1:])
         if len(places.shape) > 1:
             leaves = {
                 path: self._backend.xp.reshape(leaf, places.shape + leaf.shape[1:]) for path, leaf in leaves.items()
@@ -369,7 +369,7 @@ class Shared(Plain):
         rows.append(xp.where(of_records[-1], followed, self._ring.rows(after)))
         return xp.stack(rows, axis=1), xp.stack(of_records, axis=1)
 
-    def _together(self, each: _Observation, rows: Array, of_records: Array) -> Array:
+    def _assembled(self, each: _Observation, rows: Array, of_records: Array) -> Array:
         """A batch of leaves, from the sources of the frames of the deepest stack."""
         xp, books, backend = self._books.xp, self._books, self._backend
         rows, of_records = rows[:, self._depth - each.frames :], of_records[:, self._depth - each.frames :]
@@ -383,7 +383,7 @@ class Shared(Plain):
             taken = xp.take(flat, backend.to_bookkeeping(chosen), axis=0)
             known = KnownRows(books.as_rows(taken), self._records * self._depth)
             frames = backend.put(frames, chosen, self._select("records", each.path).get(known))
-        return each.together(backend.xp.reshape(frames, (count, each.frames, *frames.shape[1:])), backend.xp)
+        return each.assembled(backend.xp.reshape(frames, (count, each.frames, *frames.shape[1:])), backend.xp)
 
 
 class _Parts(NamedTuple):
@@ -409,12 +409,24 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
     ------
     ValueError
         If a path is not in the spec, parts do not fit each other, or a leaf has no such axis.
+    TypeError
+        If an axis is no int.
     """
+    after = _following(nest, shared)
+    axes = {path: _axis_of(nest, path, axis, after) for path, axis in stacks.items()}
+    return [
+        _Observation(path, spec, axes.get(path), after.get(path))
+        for path, spec in nest.leaves.items()
+        if path in axes or path in after
+    ]
+
+
+def _following(nest: Nest, shared: Mapping[str, str]) -> dict[str, str]:
+    """By the path of each leaf that others are shared with, the path of what it is in the next item."""
     specs = nest.leaves
     after: dict[str, str] = {}
     for following, part in shared.items():
-        _, positions = nest.select((part,))
-        for path in (nest.paths[position] for position in positions):
+        for path in _paths_in(nest, part):
             other = following + path[len(part) :]
             if path == other:
                 raise ValueError(f"{label(path)}: expected another part to share it with, found itself")
@@ -424,28 +436,33 @@ def _observations(nest: Nest, shared: Mapping[str, str], stacks: Mapping[str, in
                     f"found {specs.get(other, 'no such leaf')}"
                 )
             after[path] = other
-        _, positions = nest.select((following,))
-        lone = [nest.paths[position] for position in positions if nest.paths[position] not in after.values()]
+        lone = [path for path in _paths_in(nest, following) if path not in after.values()]
         if lone:
             raise ValueError(f"{label(lone[0])}: expected a leaf of the same name in {part!r} to share with")
     if set(after) & set(after.values()) or len(set(after.values())) < len(after):
         raise ValueError(f"expected each part to be shared with one other, found {dict(shared)}")
-    for path, axis in stacks.items():
-        if path not in specs or path in after.values():
-            why = "no such leaf" if path not in specs else "which is shared, and a stack where the other is one"
-            raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}, {why}")
-        shape = specs[path].shape
-        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise TypeError(f"{label(path)}: expected the axis of a stack, an int, found {axis!r:.80}")
-        if not -len(shape) <= axis < len(shape):
-            raise ValueError(f"{label(path)}: expected an axis of a stack of shape {shape}, found {axis}")
-        if shape[axis] == 0:
-            raise ValueError(f"{label(path)}: expected a stack of 1 frame or more, found shape {shape}")
-    return [
-        _Observation(path, spec, stacks[path] % len(spec.shape) if path in stacks else None, after.get(path))
-        for path, spec in specs.items()
-        if path in stacks or path in after
-    ]
+    return after
+
+
+def _paths_in(nest: Nest, part: str) -> list[str]:
+    """The paths of the leaves of a part."""
+    _, positions = nest.select((part,))
+    return [nest.paths[position] for position in positions]
+
+
+def _axis_of(nest: Nest, path: str, axis: int, after: Mapping[str, str]) -> int:
+    """The axis of a stack in the shape of its leaf, counted from the front."""
+    if path not in nest.paths or path in after.values():
+        why = "no such leaf" if path not in nest.paths else "which is shared, and a stack where the other is one"
+        raise ValueError(f"stacks: expected the path of a leaf that is stored, found {path!r}, {why}")
+    shape = nest.leaves[path].shape
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"{label(path)}: expected the axis of a stack, an int, found {axis!r:.80}")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"{label(path)}: expected an axis of a stack of shape {shape}, found {axis}")
+    if shape[axis] == 0:
+        raise ValueError(f"{label(path)}: expected a stack of 1 frame or more, found shape {shape}")
+    return axis % len(shape)
 
 
 def _check_frames(each: _Observation, now: NDArray[Any], after: NDArray[Any]) -> None:

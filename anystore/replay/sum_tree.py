@@ -1,7 +1,7 @@
-"""A number for each row, and their sums in a tree: what draws a row with its share of the whole.
+"""A value for each row, and their sums in a tree: what draws a row with its share of the whole.
 
-The tree is wide, `WIDTH` numbers under each sum, so that it is shallow: few steps on a device where every step is a
-launch, one or two cache lines a step on a CPU. Sums are added up anew from the numbers below them, never corrected by a
+The tree is wide, `WIDTH` values under each sum, so that it is shallow: few steps on a device where every step is a
+launch, one or two cache lines a step on a CPU. Sums are added up anew from the values below them, never corrected by a
 difference, so that no rounding error grows with time.
 
 In the operations of the array API here; compiled in _sum_tree.c for what is in main memory.
@@ -27,7 +27,7 @@ except ImportError:
 
 
 class SumTree:
-    """A number at least 0 for each row, all zeros at first.
+    """A value at least 0 for each row, all zeros at first.
 
     Parameters
     ----------
@@ -53,16 +53,16 @@ class SumTree:
         return len(self._levels)
 
     @property
-    def numbers(self) -> Array:
-        """The live numbers of the rows, and zeros after them up to a multiple of `WIDTH`."""
+    def values(self) -> Array:
+        """The live values of the rows, and zeros after them up to a multiple of `WIDTH`."""
         return self._backend.array(self._levels[0])
 
     def total(self) -> float:
-        """The sum of all numbers; on a device, this waits for it."""
+        """The sum of all values; on a device, this waits for it."""
         return float(self._backend.xp.sum(self._backend.array(self._levels[-1])))
 
     def find(self, uniforms: Array) -> Array:
-        """Rows, each drawn with a chance in proportion to its number.
+        """Rows, each drawn with a chance in proportion to its value.
 
         Parameters
         ----------
@@ -73,7 +73,7 @@ class SumTree:
         Returns
         -------
         array of integers, of shape (count,)
-            Rows whose number is greater than 0, as long as there is any.
+            Rows whose value is greater than 0, as long as there is any.
         """
         if self._compiled is not None:
             return self._compiled.find(self._levels, uniforms)
@@ -85,14 +85,14 @@ class SumTree:
         return nodes
 
     def get(self, rows: Array) -> Array:
-        """The numbers of rows."""
+        """The values of rows."""
         return self._read(self._levels[0], rows)
 
-    def set(self, rows: Array, numbers: Array) -> None:
-        """Give rows these numbers; of several for one row the last one stays."""
+    def set(self, rows: Array, values: Array) -> None:
+        """Give rows these values; of several for one row the last one stays."""
         index = self._backend.as_rows(rows)
-        numbers = self._backend.xp.astype(numbers, self._backend.native_dtype(self._dtype), copy=False)
-        self._backend.scatter([self._levels[0]], index, [numbers])
+        values = self._backend.xp.astype(values, self._backend.native_dtype(self._dtype), copy=False)
+        self._backend.scatter([self._levels[0]], index, [values])
         if self._compiled is not None:
             self._compiled.add_up(self._levels, index)
             return
@@ -102,10 +102,10 @@ class SumTree:
             sums = self._backend.xp.sum(self._block(below, nodes, nodes.shape[0]), axis=-1)
             self._backend.scatter([level], self._backend.as_rows(nodes), [sums])
 
-    def set_run(self, rows: range, number: float) -> None:
-        """Give all rows of a run the same number, at a small part of what `set` would take for each."""
+    def set_run(self, rows: range, value: float) -> None:
+        """Give all rows of a run the same value, at a small part of what `set` would take for each."""
         xp = self._backend.xp
-        filling = self._backend.from_numpy(np.full((), number, self._dtype))
+        filling = self._backend.from_numpy(np.full((), value, self._dtype))
         self._backend.scatter([self._levels[0]], rows, [filling])
         if self._compiled is not None:
             self._compiled.add_up(self._levels, np.arange(rows.start, rows.stop))
@@ -116,7 +116,7 @@ class SumTree:
             self._backend.scatter([level], rows, [xp.sum(xp.reshape(block, (len(rows), WIDTH)), axis=-1)])
 
     def _block(self, level: Any, nodes: Array | None, count: int) -> Array:
-        """The `WIDTH` numbers under each node, or those of the top level for each draw."""
+        """The `WIDTH` values under each node, or those of the top level for each draw."""
         if nodes is None:
             top = self._backend.array(level)
             return self._backend.xp.broadcast_to(top[None, :], (count, WIDTH))
@@ -131,11 +131,11 @@ def _padded(length: int) -> int:
 
 
 def _choose(blocks: Array, draws: Array, xp: ModuleType) -> Array:
-    """For each block of numbers the place of one, with a chance in proportion to the number."""
+    """For each block of values the place of one, with a chance in proportion to the value."""
     sums = xp.cumulative_sum(blocks, axis=-1)
     whole = sums[:, -1]
     targets = draws * whole
-    # A product that is rounded up to the whole sum would lead past the last number that is not 0.
+    # A product that is rounded up to the whole sum would lead past the last value that is not 0.
     targets = xp.where(targets < whole, targets, xp.zeros_like(targets))
     below = xp.astype((sums <= targets[:, None]) & (whole > 0)[:, None], xp.int32)
     return xp.sum(below, axis=-1, dtype=xp.int32)

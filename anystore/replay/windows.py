@@ -19,12 +19,12 @@ from anystore.specs import as_dtype, is_extension, kind_of
 class Windows:
     """What items come after others in their lanes; all by their places."""
 
-    def __init__(self, layout: Plain, ring: Ring, lanes: Lanes, backend: Backend) -> None:
+    def __init__(self, layout: Plain, ring: Ring, lanes: Lanes, books: Backend) -> None:
         self._layout = layout
         self._ring = ring
         self._lanes = lanes
-        self._backend = backend
-        self._strides = functools.cache(functools.partial(_strides, lanes.count, backend))
+        self._books = books
+        self._strides = functools.cache(functools.partial(_strides, lanes.count, books))
 
     def beginning(self, num_steps: int, at_end: str) -> Callable[[Array], Array] | None:
         """What tells which items begin a window that can be drawn; None if all do."""
@@ -37,7 +37,7 @@ class Windows:
             return None
 
         def begins(places: Array) -> Array:
-            xp = self._backend.xp
+            xp = self._books.xp
             if self._lanes.in_step:  # none of the newest items is a candidate, so that all steps are there
                 return ~xp.any(self._layout.ends(self._strided(places, num_steps - 1)), axis=0)
             steps, there = self._follow(places, num_steps)
@@ -58,7 +58,7 @@ class Windows:
 
         Both are of shape (count, num_steps). The places of the others are that of the last real one.
         """
-        xp = self._backend.xp
+        xp = self._books.xp
         steps, there = self._follow(places, num_steps)
         if num_steps > 1:
             # Places grow along a window, so that the first of its ends is the least.
@@ -69,15 +69,15 @@ class Windows:
 
     def returns(self, rewards: Array, mask: Array, terminated: Array, discount: float) -> tuple[Array, Array]:
         """The discounted sums of the rewards of windows, and what the values after them count."""
-        xp = self._backend.xp
+        xp = self._books.xp
         found = as_dtype(rewards.dtype)
         plain_float = kind_of(found) == 2 and not is_extension(found)
         dtype = rewards.dtype if plain_float else self._native("float32")
-        powers = (discount ** np.arange(mask.shape[1] + 1)).astype(self._backend.float_dtype)
-        powers = xp.astype(self._backend.from_numpy(powers), dtype)
+        powers = (discount ** np.arange(mask.shape[1] + 1)).astype(self._books.float_dtype)
+        powers = xp.astype(self._books.from_numpy(powers), dtype)
         factors = xp.where(mask, powers[:-1][None, :], xp.zeros_like(powers[:1])[None, :])
         factors = xp.reshape(factors, factors.shape + (1,) * (rewards.ndim - 2))
-        integer = self._native(self._backend.index_dtype.name)
+        integer = self._native(self._books.index_dtype.name)
         counts = xp.sum(xp.astype(mask, integer), axis=-1, dtype=integer)
         discounts = xp.take(powers, counts, axis=0)
         discounts = xp.where(terminated, xp.zeros_like(discounts), discounts)
@@ -89,7 +89,7 @@ class Windows:
         In this order since what follows looks along the windows, and across the rows of an array is quicker. Where no
         item is there, the place is once more the one before.
         """
-        xp = self._backend.xp
+        xp = self._books.xp
         if self._lanes.in_step:
             newest = len(self._ring.items) - 1
             newest_of_lane = newest - (newest - places) % self._lanes.count
@@ -103,13 +103,16 @@ class Windows:
         return xp.stack(found), xp.stack(there)
 
     def _strided(self, places: Array, num_steps: int) -> Array:
-        """The same places for lanes in step, whether items are there or not."""
+        """The places of the items from each one on where lanes are in step, of shape (num_steps, count).
+
+        Also of those that are not there yet.
+        """
         return self._strides(num_steps) + places[None, :]
 
     def _native(self, name: str) -> Any:
-        return self._backend.native_dtype(np.dtype(name))
+        return self._books.native_dtype(np.dtype(name))
 
 
-def _strides(lanes: int, backend: Backend, num_steps: int) -> Array:
+def _strides(lanes: int, books: Backend, num_steps: int) -> Array:
     """How many places further on each step of a window is, of shape (num_steps, 1)."""
-    return backend.as_index(np.arange(num_steps) * lanes)[:, None]
+    return books.as_index(np.arange(num_steps) * lanes)[:, None]
