@@ -7,6 +7,7 @@ import os
 import pytest
 
 from anystore import available_backends, moves
+from anystore.backends.base import is_disk
 from anystore.replay import sum_tree
 
 REQUIRED = {name.strip() for name in os.environ.get("ANYSTORE_REQUIRE", "").split(",") if name.strip()}
@@ -50,7 +51,7 @@ def _obstacle(item: pytest.Item) -> str | None:
     info = BACKENDS[name]
     if not info.usable:
         return f"{name}: {info.reason}"
-    return None if cls.device in info.devices else f"{name} has no {cls.device} here"
+    return None if cls.device in info.devices or is_disk(cls.device) else f"{name} has no {cls.device} here"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from anystore import ArraySpec, Backend, Storage, select_backend
 from anystore.convert import to_numpy
-from tests.items import SPEC, assert_same, batch, host, leaves
+from tests.items import SPEC, assert_same, batch, given_out_by, host, leaves
 
 CAPACITY = 10
 
@@ -191,7 +191,7 @@ class StorageContract:
     def test_gives_arrays_of_its_library_on_its_device(self, store: Storage) -> None:
         for index in (3, slice(2), [1]):
             for leaf in leaves(store.get(index)):
-                assert select_backend(leaf) is store.backend
+                assert select_backend(leaf) is given_out_by(store.backend)
 
     # Writing ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import numpy as np
 import optree
 from numpy.typing import ArrayLike
 
-from anystore import ArraySpec
+from anystore import ArraySpec, select_backend
+from anystore.backends.base import Backend, is_disk
 from anystore.convert import to_numpy
 
 
@@ -55,3 +56,8 @@ def assert_same(found: Any, expected: Any) -> None:
         assert one.dtype == other.dtype
         assert one.shape == other.shape
         np.testing.assert_array_equal(one, other)
+
+
+def given_out_by(backend: Backend) -> Backend:
+    """The backend that arrays are of which one gives out: what is read from a disk is in main memory."""
+    return select_backend(backend.name) if is_disk(backend.device) else backend

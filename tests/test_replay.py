@@ -15,7 +15,7 @@ from anystore import ArraySpec, Storage, select_backend
 from anystore.convert import to_numpy
 from anystore.replay import Prioritized, Recent, ReplayBuffer, Sample, Uniform
 from tests.contract import LIBRARIES, foreign_arrays
-from tests.items import SPEC, assert_same, batch, host, leaves
+from tests.items import SPEC, assert_same, batch, given_out_by, host, leaves
 from tests.on_backends import (
     OnACupyStandIn,
     OnCupy,
@@ -544,11 +544,11 @@ class ReplayContract:
             sample = buffer.sample(4, **how)
             arrays = [sample.weights, sample.mask, sample.discounts, sample.rows, *leaves(sample.items)]
             for array in arrays:
-                assert array is None or select_backend(array) is buffer.backend
+                assert array is None or select_backend(array) is given_out_by(buffer.backend)
         assert to_numpy(buffer.sample(4).weights).dtype == np.float32
         assert to_numpy(buffer.sample(4, n_step=2).discounts).dtype == np.float32
         assert to_numpy(buffer.sample(4, num_steps=2, at_end="pad").mask).dtype == bool
-        assert select_backend(buffer.priorities) is buffer.backend
+        assert select_backend(buffer.priorities) is given_out_by(buffer.backend)
 
     def test_samples_share_no_memory_with_the_buffer(self, layout: str) -> None:
         buffers = []
