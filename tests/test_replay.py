@@ -709,6 +709,12 @@ class ReplayContract:
         buffer.extend({"reward": np.ones(3, np.float32), "truncated": np.zeros(3, bool)})
         with pytest.raises(ValueError, match='^n-step returns need a bool leaf "terminated"; name it: ReplayBuffer'):
             buffer.sample(2, n_step=2)
+        buffer = self.make(spec={"reward": NUMBER, "terminated": NUMBER})
+        buffer.extend({"reward": np.ones(3, np.float32), "terminated": np.zeros(3, np.float32)})
+        with pytest.raises(
+            ValueError, match='^n-step returns need a bool leaf "terminated", found one of float32; name'
+        ):
+            buffer.sample(2, n_step=2)
 
     @pytest.mark.parametrize(
         ("wrong", "text"),

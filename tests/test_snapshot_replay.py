@@ -12,7 +12,7 @@ import pytest
 
 from anystore import ArraySpec, SnapshotError, Storage, load
 from anystore.convert import to_numpy
-from anystore.replay import Prioritized, Recent, ReplayBuffer, Uniform
+from anystore.replay import Prioritized, Recent, ReplayBuffer, Sampler, Uniform
 from anystore.snapshot import Snapshot, files
 from anystore.snapshot.manifest import read_manifest
 from tests.items import assert_same, leaves
@@ -305,6 +305,21 @@ def test_a_sampler_of_the_users_own(path):
     found = load(path, sampler=Oldest())
     assert found.sample(2).rows.tolist() == buffer.sample(2).rows.tolist()
     assert found.sampler.offset == 4
+
+
+def test_a_sampler_whose_priorities_are_not_saved_is_told_so(path):
+    class Forgetful(Sampler):
+        def draw(self, count, items):
+            return self.random.integers(len(items), count)
+
+        def update(self, rows, priorities):
+            pass
+
+    buffer = ReplayBuffer(ArraySpec((), "int32"), 10, sampler=Forgetful())
+    with pytest.warns(
+        RuntimeWarning, match=r"^a Forgetful sampler has priorities to update and no state\(\): they are"
+    ):
+        buffer.save(path)
 
 
 @pytest.mark.parametrize("error", [KeyError, TypeError, ValueError, IndexError, AttributeError])

@@ -121,7 +121,8 @@ class ReplayBuffer:
     copy that nobody changes.
 
     A write that is refused changes nothing. In a process that was forked off while a thread was writing, the buffer may
-    hold the half of what it wrote.
+    hold the half of what it wrote; with a disk for its device (`select_backend`) it must not be used at all in one of
+    the two.
 
     Examples
     --------
@@ -658,7 +659,11 @@ class ReplayBuffer:
         if self._reward is None:
             raise ValueError('n-step returns need a reward; name its leaf: ReplayBuffer(..., reward="path")')
         if self._terminated is None:
-            raise ValueError('n-step returns need a bool leaf "terminated"; name it: ReplayBuffer(..., terminated=...)')
+            spec = self._nest.leaves.get("terminated")
+            found = "" if spec is None else f", found one of {spec.dtype}"
+            raise ValueError(
+                f'n-step returns need a bool leaf "terminated"{found}; name it: ReplayBuffer(..., terminated="path")'
+            )
         given, taken = self._backend.from_bookkeeping, self._backend.to_bookkeeping
         steps, mask = self._windows.padded(places, n_step)
         flags = tuple(path for path in (self._terminated, self._truncated) if path is not None)

@@ -33,11 +33,32 @@ class Sampler(ABC):
         Whose arrays places, chances and priorities are: that of the buffer, or NumPy's for a buffer in main memory,
         where other libraries take many times as long for so few numbers.
     random : Random
-        Draws such arrays, by the generator of the buffer's library.
+        Draws such arrays, by the generator of the buffer's library: ``integers(high, count)``, ``uniform(count)`` and
+        ``permutation(high)``.
 
     Notes
     -----
-    The buffer calls a sampler under its lock. A sampler belongs to one buffer.
+    The buffer calls a sampler under its lock. A sampler belongs to one buffer. One that keeps something, such as what
+    `update` tells it, defines `state` and `restore` as well, or a snapshot of the buffer lacks it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from anystore import ArraySpec
+    >>> from anystore.replay import ReplayBuffer, Sampler
+    >>> class Newer(Sampler):
+    ...     "The newer, the likelier: the item at place k as 2 k + 1."
+    ...
+    ...     def draw(self, count, items):
+    ...         xp = self.backend.xp
+    ...         return xp.astype(len(items) * xp.sqrt(self.random.uniform(count)), self.backend.index_dtype)
+    ...
+    ...     def chances(self, places, items):
+    ...         return 2 * places + 1
+    >>> buffer = ReplayBuffer(ArraySpec((), "int64"), 100, sampler=Newer(), seed=0)
+    >>> buffer.extend(np.arange(100))
+    >>> int(np.median(buffer.sample(1000).items))
+    72
     """
 
     distinct = False
@@ -75,7 +96,7 @@ class Sampler(ABC):
         """Items of these numbers were added; at most `capacity`."""
 
     def update(self, rows: Array, priorities: Array) -> None:
-        """The items in these rows have new priorities; the buffer has left out those that are gone."""
+        """The items in these rows of the storage have new priorities; the buffer has left out those that are gone."""
         raise TypeError(f"a {type(self).__name__} sampler has no priorities to update; use Prioritized")
 
     def clear(self) -> None:  # noqa: B027  # by default there is nothing to do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,14 @@ _WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowE
 
 def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, progress: Callback | None) -> None:
     """Save a buffer; see `ReplayBuffer.save`."""
+    sampler = type(buffer.sampler)
+    if sampler.update is not Sampler.update and sampler.state is Sampler.state:
+        warnings.warn(
+            f"a {sampler.__name__} sampler has priorities to update and no state(): they are not saved; let it define "
+            "state and restore",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     with buffer.lock:
         arrays: dict[str, NDArray[Any]] = {}
         state = {
