@@ -145,6 +145,15 @@ def of_launch(rows: Any, order: Any, carried: bool) -> RowsOfLaunch:
     return RowsOfLaunch(rows.size, rows.ctypes.data, 0 if order is None else order.ctypes.data)
 
 
+def last_writes(run: Any, rows: Any) -> tuple[Any, Any]:
+    """The slots in which the kernels note the rows, each with its last position, and the order that they make."""
+    bits, blocks = leaf_table.slot_bits(len(rows)), leaf_table.blocks_for(len(rows))
+    slots, order = np.full(2 << bits, -1, np.int64), np.empty(len(rows), np.int64)
+    run("note_rows", blocks, rows.ctypes.data, len(rows), slots.ctypes.data, bits)
+    run("last_writes", blocks, rows.ctypes.data, len(rows), slots.ctypes.data, bits, order.ctypes.data)
+    return slots, order
+
+
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 class TestKernelsOnACpu:
     """The reference and kernels.cu itself move the very bytes that NumPy's indexing does."""
@@ -217,13 +226,21 @@ class TestKernelsOnACpu:
     @pytest.mark.parametrize("capacity", [1, 7, 10**6, 2**62])
     def test_last_writes(self, run, count, capacity):
         rows = np.random.default_rng(count).integers(0, capacity, count)
-        bits = leaf_table.slot_bits(count)
-        slots, order = np.full(2 << bits, -1, np.int64), np.empty(count, np.int64)
-        blocks = leaf_table.blocks_for(count)
-        run("note_rows", blocks, rows.ctypes.data, count, slots.ctypes.data, bits)
-        run("last_writes", blocks, rows.ctypes.data, count, slots.ctypes.data, bits, order.ctypes.data)
+        _, order = last_writes(run, rows)
         last = {row: i for i, row in enumerate(rows.tolist())}
         assert order.tolist() == [last[row] for row in rows.tolist()]
+
+
+class TestKernelsOnACpuHashRows:
+    obstacle = None if emulator.COMPILER else "no C++ compiler"
+
+    @pytest.mark.parametrize("stride", [1, 2**12, 2**40, 4181, 6765, 10946, 17711, 832040, 39088169])
+    def test_at_no_stride_are_the_slots_of_all_rows_neighbours(self, stride):
+        slots, order = last_writes(emulator.run, np.arange(0, 1024 * stride, stride))
+        assert order.tolist() == list(range(1024))
+        free = np.flatnonzero(slots[::2] == -1)
+        # Nobody looks further than to the next free slot.
+        assert np.diff(free, append=free[0] + len(slots) // 2).max() <= 32
 
 
 class TestCompiles:
