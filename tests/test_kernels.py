@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anystore import ArraySpec, Storage, leaf_table
-from anystore.leaf_table import HEADER, LANES, LEAF, THREADS, Record, RowsOfLaunch, launches
+from anystore.leaf_table import ENTRY, HEADER, LANES, THREADS, Record, RowsOfLaunch, launches
 from anystore.rows import KnownRows, find_rows
 from tests import emulator, nvrtc, reference, stand_in
 from tests.contract import StorageContract
@@ -98,7 +98,7 @@ class TestLeafTable:
             assert (shares > 0).all()
 
     def test_rows_travel_in_the_launch_while_there_is_room(self):
-        most = (4096 - HEADER.size - 8 * LEAF.itemsize) // 8
+        most = (4096 - HEADER.size - 8 * ENTRY.size) // 8
         record = Record([512] * 9, [4] * 8 + [0])
         assert record.carries(most)
         assert not record.carries(most + 1)
