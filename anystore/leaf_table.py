@@ -169,12 +169,12 @@ def first_of_run(rows: Any) -> int | None:
     return rows.start if isinstance(rows, range) and (rows.step == 1 or len(rows) == 1) else None
 
 
-def sent_ahead(record: Record, rows: Any, order: Any) -> list[NDArray[Any]]:
-    """What is sent ahead of a launch: rows of the host that it has no room for, with their order behind them."""
+def sent_ahead(record: Record, rows: Any, order: Any) -> NDArray[np.intp] | None:
+    """Rows of the host that a launch has no room for, with their order behind them; None if nothing is sent ahead."""
     if not isinstance(rows, np.ndarray):
-        return []
+        return None
     flat = rows.reshape(-1) if order is None else np.concatenate([rows.reshape(-1), order])
-    return [] if record.carries(flat.size) else [flat]
+    return None if record.carries(flat.size) else flat
 
 
 def widest_lane(bits: int) -> int:

@@ -29,7 +29,10 @@ import anystore.backends
 from anystore.leaf_table import HEADER, THREADS
 from tests import reference
 
-MODULES = ("anystore.backends.cupy", "anystore.backends.torch_cuda", "anystore.kernels", "anystore.staging")
+MODULES = (
+    *("anystore.backends.cuda", "anystore.backends.cupy", "anystore.backends.torch_cuda"),
+    *("anystore.kernels", "anystore.staging"),
+)
 """Those that import CuPy."""
 
 
@@ -323,6 +326,9 @@ class ndarray:  # noqa: N801  # CuPy's name
         assert (out.shape, out.dtype) == (self.shape, self.dtype)
         out[...] = self._host
         return out
+
+    def tolist(self) -> Any:
+        return self._host.tolist()
 
     def copy(self) -> ndarray:
         """A copy on the current device, on its current stream."""

@@ -314,6 +314,29 @@ class TestTorchCudaOnAStandIn(StorageContract):
         with pytest.raises(IndexError, match=r"^row -11 is out of range"):
             store.get(store.backend.from_numpy(np.array([3, -11])))
 
+    def test_tensors_are_read_before_the_buffers_that_they_are_views_of(self, monkeypatch):
+        import torch
+
+        # As tensors on a GPU are taken.
+        monkeypatch.setattr("anystore.backends.torch_cuda.on_gpu", lambda value: isinstance(value, torch.Tensor))
+        store = Storage({"a": ArraySpec((), "int32"), "b": ArraySpec((), "int32")}, 10, backend="torch", device="cpu")
+        strided = torch.arange(40, dtype=torch.int32)[::2]
+        store.set(..., {"a": strided[:10], "b": strided[10:]})
+        live = store.buffers
+        stand_in.Log.entries.clear()
+        store.set(np.arange(10)[::-1], {"a": live["b"], "b": live["a"]})
+        assert stand_in.Log.entries == ["scatter"]
+        assert store.get(...)["a"].tolist() == list(range(38, 18, -2))
+        assert store.get(...)["b"].tolist() == list(range(18, -2, -2))
+
+    def test_out_that_torch_conjugates_when_it_reads(self):
+        import torch
+
+        store = Storage(ArraySpec((), "complex64"), 4, backend="torch", device="cpu")
+        store.set([0, 1], torch.tensor([1 + 2j, 3 - 4j]))
+        out = torch.zeros(2, dtype=torch.complex64).conj()
+        assert store.get([1, 0], out=out).tolist() == [3 - 4j, 1 + 2j]
+
 
 class Handed:
     """An array of another library, on a GPU, that DLPack hands over."""
@@ -472,6 +495,12 @@ class TestCupyBackend:
             assert self.does(lambda index=index: store.get(index)) == ["check", "gather"]
             assert_same(store.get(index), {key: leaf[rows.astype(int)] for key, leaf in of_small(5, 100).items()})
 
+    def test_strided_rows_on_the_device(self):
+        store, rows = self.make(small(5)), self.on_device(np.arange(8))[::3, ...]
+        store.set(rows, of_small(5, 3))
+        assert_same(store.get([0, 3, 6]), of_small(5, 3))
+        assert_same(store.get(rows), of_small(5, 3))
+
     def test_negative_rows_on_the_device(self):
         store = self.make(small(5))
         store.set(self.on_device(np.array([-1, -100])), of_small(5, 2))
@@ -581,6 +610,17 @@ class TestCupyBackend:
         store.set(np.arange(10)[::-1], {"a": live["b"], "b": live["a"]})
         assert store.get(...)["a"].get().tolist() == list(range(19, 9, -1))
         assert store.get(...)["b"].get().tolist() == list(range(9, -1, -1))
+
+    def test_what_overlaps_a_buffer(self):
+        from anystore.backends.cuda import Buffers
+
+        arrays = [self.on_device(np.zeros(count, np.uint8)) for count in (3, 0, 7, 1)]
+        starts = dict(zip(map(id, arrays), (40, 33, 20, 30), strict=True))
+        buffers = Buffers(arrays, lambda array: starts[id(array)])
+        taken = {*range(40, 43), *range(20, 27), 30}
+        for start in range(10, 50):
+            for nbytes in range(1, 30):
+                assert buffers.overlap(start, nbytes) == bool(taken.intersection(range(start, start + nbytes)))
 
     def test_out_need_not_be_contiguous(self):
         store, values = self.make(ArraySpec((2,), "float32")), np.arange(200, dtype=np.float32).reshape(100, 2)
