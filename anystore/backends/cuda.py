@@ -56,6 +56,8 @@ class CudaBackend(Backend):
 
     _address: Callable[[Array], int]
     """Where the memory of an array starts."""
+    _device: Any
+    """The device, in the library's own words."""
 
     @abstractmethod
     def _here(self) -> AbstractContextManager[object]:
@@ -64,14 +66,6 @@ class CudaBackend(Backend):
     def _stream(self) -> kernels.Stream | None:
         """The library's current stream; None for that of CuPy."""
         return None
-
-    @abstractmethod
-    def _empty(self, shape: Any, dtype: Any) -> Array:
-        """An array of this shape, and this dtype of the library's own, that holds anything."""
-
-    @abstractmethod
-    def _full(self, count: int, number: int) -> Array:
-        """So many int64, every one of them 0 or -1."""
 
     @abstractmethod
     def _is_contiguous(self, array: Array) -> bool:
@@ -88,6 +82,11 @@ class CudaBackend(Backend):
     @abstractmethod
     def _send(self, arrays: Sequence[NDArray[Any]]) -> Sent:
         """Send C-contiguous arrays in one copy."""
+
+    def _empty(self, shape: Any, dtype: Any = None) -> Array:
+        """An array of the library's own dtype, int64 unless another is asked for, that holds anything."""
+        xp = self.xp
+        return xp.empty(shape, dtype=xp.int64 if dtype is None else dtype, device=self._device)
 
     def together(self, buffers: Sequence[Array]) -> Buffers:
         return buffers if isinstance(buffers, Buffers) else Buffers(buffers, self._address)
@@ -107,14 +106,14 @@ class CudaBackend(Backend):
             return self._check(index if self._is_contiguous(index) else self._copy(index), dtype, capacity)
 
     def _check(self, index: Array, dtype: np.dtype[Any], capacity: int) -> Rows:
-        rows, outside = self._empty(index.shape, self.xp.int64), self._full(2, 0)
+        rows: Rows = self._empty(index.shape)
+        outside = self._empty(2)
         count, places = math.prod(index.shape), (self._address(rows), self._address(outside))
         kernels.check(self._address(index), dtype, count, capacity, *places, self._stream())
         past, before = (number % 2**64 for number in outside.tolist())  # the one synchronisation
         if past or before:
             raise out_of_range(past or -before, capacity)
-        checked: Rows = rows
-        return checked
+        return rows
 
     def _order(self, rows: Any, count: int) -> Any:
         """For each row the last of its values, where the rows are; None where each is there once."""
@@ -122,7 +121,7 @@ class CudaBackend(Backend):
             return last_writes(rows)
         if isinstance(rows, (int, range)) or count < 2:
             return None
-        slots, order = self._full(kernels.slots_nbytes(count) // 8, -1), self._empty(count, self.xp.int64)
+        slots, order = self._empty(kernels.slots_nbytes(count) // 8), self._empty(count)
         places = self._address(slots), self._address(order)
         kernels.note_last_writes(self._address(rows), count, *places, self._stream())
         return order
@@ -172,13 +171,7 @@ class CudaBackend(Backend):
             kernels.scatter(record.table(batches, steps, count), 0, self._of_launch(rows, order, at), self._stream())
 
     def _copied(self, record: Record, rows: Rows, count: int, base: int, batches: Sequence[int]) -> bool:
-        """Write whole batches, so far behind a base, without a launch, if that is quicker for these rows; else nothing.
-
-        Returns
-        -------
-        bool
-            Whether they are written.
-        """
+        """Write whole batches, so far behind a base, if that takes no launch; else write nothing and return False."""
         return False
 
     def _readable(self, leaf: Array, buffers: Buffers) -> Array:

@@ -93,17 +93,8 @@ class CupyBackend(CudaBackend):
         with self._device:
             return cupy.zeros(shape, dtype)
 
-    def _here(self) -> AbstractContextManager[object]:
-        device: AbstractContextManager[object] = self._device
-        return device
-
-    def _empty(self, shape: Any, dtype: Any) -> Array:
-        return cupy.empty(shape, dtype)
-
-    def _full(self, count: int, number: int) -> Array:
-        array = cupy.empty(count, np.int64)
-        array.data.memset_async(number & 0xFF, array.nbytes)
-        return array
+    def _here(self) -> Any:
+        return self._device
 
     def _is_contiguous(self, array: Array) -> bool:
         return bool(array.flags.c_contiguous)

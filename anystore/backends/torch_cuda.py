@@ -43,12 +43,6 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
     def _stream(self) -> kernels.Stream:
         return kernels.Stream(torch.cuda.current_stream(self._device).cuda_stream)
 
-    def _empty(self, shape: Any, dtype: Any) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device)
-
-    def _full(self, count: int, number: int) -> torch.Tensor:
-        return torch.full((count,), number, dtype=torch.int64, device=self._device)
-
     def _is_contiguous(self, array: torch.Tensor) -> bool:
         return array.is_contiguous() and not array.is_conj() and not array.is_neg()
 
