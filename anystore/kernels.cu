@@ -192,7 +192,9 @@ struct Slot {
 
 __device__ inline u64 first_slot(i64 row, i64 bits)
 {
-    return ((u64)row * 0x9E3779B97F4A7C15ull) >> (64 - bits); /* Fibonacci hashing */
+    /* Two multipliers of SplitMix64, as in _moves.c: with one alone, there are strides whose rows are all neighbours. */
+    const u64 mixed = (u64)row * 0x9E3779B97F4A7C15ull;
+    return (mixed ^ mixed >> 32) * 0xBF58476D1CE4E5B9ull >> (64 - bits);
 }
 
 /* Note in a table of 2**bits slots, all bytes of which are 0xFF before, the last position of every row. */

@@ -55,9 +55,10 @@ def check(
 ) -> None:
     """Write the rows that `count` integers of this dtype mean to `rows`, and what is wrong with them to `outside`.
 
-    That is two uint64, zero before: the largest row past the end, and the size of the most negative one before the
-    start.
+    That is two uint64: the largest row past the end, and the size of the most negative one before the start; 0 for
+    none.
     """
+    _set_bytes(outside, 0, 16, stream)
     arguments = (index, dtype.itemsize, int(dtype.kind == "i"), count, capacity, rows, outside)
     _kernel("check")((blocks_for(count),), (THREADS,), arguments, stream=stream)
 
@@ -65,11 +66,17 @@ def check(
 def note_last_writes(rows: int, count: int, slots: int, order: int, stream: Stream | None = None) -> None:
     """Write to `order`, for each of the rows, the position of the last value that is written to it.
 
-    `slots` is where `slots_nbytes(count)` bytes are, all of them 0xFF.
+    `slots` is where there are `slots_nbytes(count)` bytes to work in.
     """
     bits = slot_bits(count)
+    _set_bytes(slots, 0xFF, slots_nbytes(count), stream)
     _kernel("note_rows")((blocks_for(count),), (THREADS,), (rows, count, slots, bits), stream=stream)
     _kernel("last_writes")((blocks_for(count),), (THREADS,), (rows, count, slots, bits, order), stream=stream)
+
+
+def _set_bytes(address: int, byte: int, nbytes: int, stream: Stream | None) -> None:
+    on = cupy.cuda.get_current_stream() if stream is None else stream
+    cupy.cuda.runtime.memsetAsync(address, byte, nbytes, on.ptr)
 
 
 def slots_nbytes(count: int) -> int:

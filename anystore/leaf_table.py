@@ -14,30 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 THREADS = 256
-"""In a block."""
+"""The threads of a block."""
 LANES = 4
-"""That a thread moves."""
+"""The lanes that a thread moves."""
 ALIGNMENT = 256
-"""Where the leaves of a batch start that lie in one block of memory: as CUDA aligns what it allocates."""
+"""The leaves of a batch that lie in one block of memory start at multiples of so many bytes, as what CUDA allocates."""
 LAUNCH_BYTES = 4096
 """What a launch takes by value: as much as drivers before CUDA 12.1 allow."""
 
-LEAF = np.dtype(
-    [
-        ("buffer", np.uint64),
-        ("batch", np.uint64),
-        ("width", np.uint64),
-        ("step", np.uint64),
-        ("first_block", np.uint32),
-        ("lane", np.uint32),
-    ]
-)
-"""An entry of the leaf table; kernels.cu says what the fields are."""
-_ENTRY = struct.Struct("<QQQQII")
+ENTRY = struct.Struct("<QQQQII")
+"""An entry of the leaf table: buffer, batch, width, step, first block, lane. kernels.cu says what they are."""
 HEADER = struct.Struct("<qQQQqqii")
-"""count, base, rows, order, start, step, leaves, inside."""
-MOST_LEAVES = (LAUNCH_BYTES - HEADER.size) // LEAF.itemsize
-"""In one launch."""
+"""What stands in front of the table: count, base, rows, order, start, step, leaves, inside."""
+MOST_LEAVES = (LAUNCH_BYTES - HEADER.size) // ENTRY.size
+"""The most leaves that one launch moves."""
 _LAUNCH = np.dtype((np.void, LAUNCH_BYTES))
 _PADDING = bytes(LAUNCH_BYTES)
 _KEPT = 16
@@ -74,9 +64,9 @@ class LeafTable(NamedTuple):
     """The leaf table of each launch: one, unless it is too long for one; none, if there is nothing to move."""
 
     entries: list[bytes]
-    """Those of LEAF."""
+    """For each launch its entries, one after the other."""
     blocks: list[int]
-    """That each launch takes."""
+    """For each launch the number of its blocks."""
 
     def add(self, entries: bytes, blocks: int) -> None:
         """Add a launch."""
@@ -106,7 +96,7 @@ class Record:
 
     def __init__(self, addresses: Sequence[int], widths: Sequence[int]) -> None:
         self.addresses, self.widths = tuple(addresses), tuple(widths)
-        self._room = LAUNCH_BYTES - HEADER.size - LEAF.itemsize * sum(width > 0 for width in widths)
+        self._room = LAUNCH_BYTES - HEADER.size - ENTRY.size * sum(width > 0 for width in widths)
         self._packed: dict[int, Packed] = {}
 
     def carries(self, rows: int) -> bool:
@@ -140,7 +130,7 @@ class Record:
             if width == 0 or count == 0:
                 continue
             lane = widest_lane(buffer | batch | width | step)
-            entries += _ENTRY.pack(buffer, batch, width, step, blocks, lane)
+            entries += ENTRY.pack(buffer, batch, width, step, blocks, lane)
             leaves, blocks = leaves + 1, blocks + blocks_of(width // lane, count)
             if leaves == MOST_LEAVES:
                 table.add(entries, blocks)
@@ -166,7 +156,7 @@ def launches(table: LeafTable, base: int, rows: RowsOfLaunch) -> Iterator[tuple[
     """
     inside = 0 if not rows.inside else 1 if len(rows.inside) == 8 * rows.count else 3
     for entries, blocks in zip(table.entries, table.blocks):
-        leaves = len(entries) // LEAF.itemsize
+        leaves = len(entries) // ENTRY.size
         header = HEADER.pack(rows.count, base, rows.rows, rows.order, rows.start, rows.step, leaves, inside)
         launch = header + entries + rows.inside
         yield blocks, np.frombuffer(launch + _PADDING[len(launch) :], _LAUNCH)
@@ -179,12 +169,12 @@ def first_of_run(rows: Any) -> int | None:
     return rows.start if isinstance(rows, range) and (rows.step == 1 or len(rows) == 1) else None
 
 
-def sent_ahead(record: Record, rows: Any, order: Any) -> list[NDArray[Any]]:
-    """What is sent ahead of a launch: rows of the host that it has no room for, with their order behind them."""
+def sent_ahead(record: Record, rows: Any, order: Any) -> NDArray[np.intp] | None:
+    """Rows of the host that a launch has no room for, with their order behind them; None if nothing is sent ahead."""
     if not isinstance(rows, np.ndarray):
-        return []
+        return None
     flat = rows.reshape(-1) if order is None else np.concatenate([rows.reshape(-1), order])
-    return [] if record.carries(flat.size) else [flat]
+    return None if record.carries(flat.size) else flat
 
 
 def widest_lane(bits: int) -> int:

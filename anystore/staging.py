@@ -6,6 +6,7 @@ A room of its own because it alone knows when pinned memory may be written to ag
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,11 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore import moves
 from anystore.leaf_table import Packed, pack
 
+Specs = Sequence[tuple[tuple[int, ...], Any]]
+"""The shape of a row of each leaf, and its dtype."""
 _LEAST = 1 << 16
 """The bytes of a block at first."""
 _KEPT = 64
@@ -48,7 +52,13 @@ class Pinned:
         self.host = np.frombuffer(self._memory, np.uint8, nbytes)
         self.ptr: int = self._memory.ptr
 
-    def views(self, packed: Packed, count: int, specs: Sequence[tuple[tuple[int, ...], Any]]) -> list[NDArray[Any]]:
+    def take(self, leaves: Sequence[Any], packed: Packed, specs: Specs, lead: tuple[int, ...]) -> bool:
+        """Fill the block with a batch that has these axes in front, if it is one that `moves.scatter` takes."""
+        count = math.prod(lead)
+        rows: Any = 0 if not lead else range(count) if len(lead) == 1 else np.arange(count, dtype=np.intp).reshape(lead)
+        return moves.scatter(self._views_of(packed, count, specs), rows, list(leaves))
+
+    def _views_of(self, packed: Packed, count: int, specs: Specs) -> list[NDArray[Any]]:
         """The leaves of a batch of so many rows, as arrays in the block."""
         views = self._views.get(packed)
         if views is None:
@@ -61,14 +71,10 @@ class Pinned:
             self._views[packed] = views
         return views
 
-    def send_to(self, address: int, offset: int, nbytes: int) -> None:
-        """Send a part of the block to an address on the current device, without waiting."""
-        copy_async(address, self.ptr + offset, nbytes)
-
     def send(self, nbytes: int) -> Any:
         """Memory from the pool of the current device, to which the first bytes of the block are on their way."""
         memory = cupy.cuda.alloc(nbytes)
-        self.send_to(memory.ptr, 0, nbytes)
+        copy_async(memory.ptr, self.ptr, nbytes)
         return memory
 
     def close(self) -> None:
@@ -115,10 +121,15 @@ class Staging:
         if nbytes == 0:
             return Sent(None, [0] * len(arrays))
         with self.block(nbytes) as block:
-            for array, offset in zip(arrays, offsets):
-                block.host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+            fill(block.host, arrays, offsets)
             memory = block.send(nbytes)
         return Sent(memory, [memory.ptr + offset for offset in offsets])
+
+
+def fill(block: NDArray[np.uint8], arrays: Sequence[NDArray[Any]], offsets: Sequence[int]) -> None:
+    """Copy C-contiguous arrays into a block of bytes, each to its place there."""
+    for array, offset in zip(arrays, offsets):
+        block[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
 
 
 def copy_async(target: int, source: int, nbytes: int) -> None:

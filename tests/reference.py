@@ -11,7 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anystore.leaf_table import HEADER, LANES, LEAF, THREADS
+from anystore.leaf_table import ENTRY, HEADER, LANES, THREADS
+
+LEAF = np.dtype(
+    [
+        ("buffer", np.uint64),
+        ("batch", np.uint64),
+        ("width", np.uint64),
+        ("step", np.uint64),
+        ("first_block", np.uint32),
+        ("lane", np.uint32),
+    ]
+)
+"""An entry of the leaf table; kernels.cu says what the fields are."""
+assert LEAF.itemsize == ENTRY.size
 
 
 def gather(blocks: int, launch: NDArray[Any]) -> None:

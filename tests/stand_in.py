@@ -29,7 +29,10 @@ import anystore.backends
 from anystore.leaf_table import HEADER, THREADS
 from tests import reference
 
-MODULES = ("anystore.backends.cupy", "anystore.backends.torch_cuda", "anystore.kernels", "anystore.staging")
+MODULES = (
+    *("anystore.backends.cuda", "anystore.backends.cupy", "anystore.backends.torch_cuda"),
+    *("anystore.kernels", "anystore.staging"),
+)
 """Those that import CuPy."""
 
 
@@ -174,11 +177,6 @@ class MemoryPointer:
         other.offset, other.ptr = self.offset + offset, self.ptr + offset
         return other
 
-    def memset_async(self, value: int, nbytes: int) -> None:
-        ptr = self.ptr
-        assert device_of(ptr, nbytes) == _here.device
-        get_current_stream().put(lambda: ctypes.memset(ptr, value, nbytes))
-
 
 def device_of(address: int, nbytes: int) -> int | None:
     """The device whose memory these bytes are, all of them; None for main memory."""
@@ -220,6 +218,13 @@ def memcpy_async(target: int, source: int, nbytes: int, kind: int, stream: int) 
         assert device_of(address, nbytes) in (None, _here.device)
     Log.entries.append("copy")
     get_current_stream().put(lambda: ctypes.memmove(target, source, nbytes))
+
+
+def memset_async(address: int, value: int, nbytes: int, stream: int) -> None:
+    on = Stream.streams[stream]
+    assert on.device_id == _here.device
+    assert RawKernel.on_host_memory or device_of(address, nbytes) == _here.device
+    on.put(lambda: ctypes.memset(address, value, nbytes))
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
@@ -323,6 +328,9 @@ class ndarray:  # noqa: N801  # CuPy's name
         assert (out.shape, out.dtype) == (self.shape, self.dtype)
         out[...] = self._host
         return out
+
+    def tolist(self) -> Any:
+        return self._host.tolist()
 
     def copy(self) -> ndarray:
         """A copy on the current device, on its current stream."""
@@ -496,7 +504,6 @@ def module() -> types.ModuleType:
         empty=ndarray,
         zeros=lambda shape, dtype: _filled(np.zeros(shape, dtype)),
         zeros_like=lambda array: _filled(np.zeros(array.shape, array.dtype)),
-        flatnonzero=lambda array: _filled(np.flatnonzero(array._host)),
         from_dlpack=from_dlpack,
         argsort=argsort,
         random=types.SimpleNamespace(Generator=Generator, Philox4x3210=Philox4x3210),
@@ -510,7 +517,9 @@ def module() -> types.ModuleType:
             alloc=MemoryPointer,
             alloc_pinned_memory=alloc_pinned_memory,
             is_available=lambda: True,
-            runtime=types.SimpleNamespace(getDeviceCount=lambda: 2, memcpyAsync=memcpy_async, memcpyDefault=4),
+            runtime=types.SimpleNamespace(
+                getDeviceCount=lambda: 2, memcpyAsync=memcpy_async, memcpyDefault=4, memsetAsync=memset_async
+            ),
         ),
         __version__="stand-in",
         __spec__=importlib.machinery.ModuleSpec("cupy", None),
@@ -526,6 +535,7 @@ def installed(monkeypatch: Any, run: Any = by_reference) -> Any:
     compat = types.ModuleType("array_api_compat.cupy")
     compat.__dict__.update({name: value for name, value in vars(cupy).items() if not name.startswith("__")})
     compat.__dict__.update({name: _function(name) for name in FUNCTIONS})
+    compat.__dict__["empty"] = lambda shape, dtype, device: ndarray(shape, dtype)  # the device is ignored (compat #337)
     compat.__dict__.update(
         {name: getattr(np, name) for name in ("int32", "int64", "float32", "float64")}, bool=np.bool_
     )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anystore import ArraySpec, Storage, leaf_table
-from anystore.leaf_table import HEADER, LANES, LEAF, THREADS, Record, RowsOfLaunch, launches
+from anystore.leaf_table import ENTRY, HEADER, LANES, THREADS, Record, RowsOfLaunch, launches
 from anystore.rows import KnownRows, find_rows
 from tests import emulator, nvrtc, reference, stand_in
 from tests.contract import StorageContract
@@ -98,7 +98,7 @@ class TestLeafTable:
             assert (shares > 0).all()
 
     def test_rows_travel_in_the_launch_while_there_is_room(self):
-        most = (4096 - HEADER.size - 8 * LEAF.itemsize) // 8
+        most = (4096 - HEADER.size - 8 * ENTRY.size) // 8
         record = Record([512] * 9, [4] * 8 + [0])
         assert record.carries(most)
         assert not record.carries(most + 1)
@@ -143,6 +143,15 @@ def of_launch(rows: Any, order: Any, carried: bool) -> RowsOfLaunch:
     if isinstance(rows, range) or carried:
         return RowsOfLaunch.of(rows, order)
     return RowsOfLaunch(rows.size, rows.ctypes.data, 0 if order is None else order.ctypes.data)
+
+
+def last_writes(run: Any, rows: Any) -> tuple[Any, Any]:
+    """The slots in which the kernels note the rows, each with its last position, and the order that they make."""
+    bits, blocks = leaf_table.slot_bits(len(rows)), leaf_table.blocks_for(len(rows))
+    slots, order = np.full(2 << bits, -1, np.int64), np.empty(len(rows), np.int64)
+    run("note_rows", blocks, rows.ctypes.data, len(rows), slots.ctypes.data, bits)
+    run("last_writes", blocks, rows.ctypes.data, len(rows), slots.ctypes.data, bits, order.ctypes.data)
+    return slots, order
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
@@ -217,13 +226,21 @@ class TestKernelsOnACpu:
     @pytest.mark.parametrize("capacity", [1, 7, 10**6, 2**62])
     def test_last_writes(self, run, count, capacity):
         rows = np.random.default_rng(count).integers(0, capacity, count)
-        bits = leaf_table.slot_bits(count)
-        slots, order = np.full(2 << bits, -1, np.int64), np.empty(count, np.int64)
-        blocks = leaf_table.blocks_for(count)
-        run("note_rows", blocks, rows.ctypes.data, count, slots.ctypes.data, bits)
-        run("last_writes", blocks, rows.ctypes.data, count, slots.ctypes.data, bits, order.ctypes.data)
+        _, order = last_writes(run, rows)
         last = {row: i for i, row in enumerate(rows.tolist())}
         assert order.tolist() == [last[row] for row in rows.tolist()]
+
+
+class TestKernelsOnACpuHashRows:
+    obstacle = None if emulator.COMPILER else "no C++ compiler"
+
+    @pytest.mark.parametrize("stride", [1, 2**12, 2**40, 4181, 6765, 10946, 17711, 832040, 39088169])
+    def test_at_no_stride_are_the_slots_of_all_rows_neighbours(self, stride):
+        slots, order = last_writes(emulator.run, np.arange(0, 1024 * stride, stride))
+        assert order.tolist() == list(range(1024))
+        free = np.flatnonzero(slots[::2] == -1)
+        # Nobody looks further than to the next free slot.
+        assert np.diff(free, append=free[0] + len(slots) // 2).max() <= 32
 
 
 class TestCompiles:
@@ -296,6 +313,29 @@ class TestTorchCudaOnAStandIn(StorageContract):
         assert stand_in.Log.entries == ["gather", "scatter", "check", "note_rows", "last_writes", "scatter"]
         with pytest.raises(IndexError, match=r"^row -11 is out of range"):
             store.get(store.backend.from_numpy(np.array([3, -11])))
+
+    def test_tensors_are_read_before_the_buffers_that_they_are_views_of(self, monkeypatch):
+        import torch
+
+        # As tensors on a GPU are taken.
+        monkeypatch.setattr("anystore.backends.torch_cuda.on_gpu", lambda value: isinstance(value, torch.Tensor))
+        store = Storage({"a": ArraySpec((), "int32"), "b": ArraySpec((), "int32")}, 10, backend="torch", device="cpu")
+        strided = torch.arange(40, dtype=torch.int32)[::2]
+        store.set(..., {"a": strided[:10], "b": strided[10:]})
+        live = store.buffers
+        stand_in.Log.entries.clear()
+        store.set(np.arange(10)[::-1], {"a": live["b"], "b": live["a"]})
+        assert stand_in.Log.entries == ["scatter"]
+        assert store.get(...)["a"].tolist() == list(range(38, 18, -2))
+        assert store.get(...)["b"].tolist() == list(range(18, -2, -2))
+
+    def test_out_that_torch_conjugates_when_it_reads(self):
+        import torch
+
+        store = Storage(ArraySpec((), "complex64"), 4, backend="torch", device="cpu")
+        store.set([0, 1], torch.tensor([1 + 2j, 3 - 4j]))
+        out = torch.zeros(2, dtype=torch.complex64).conj()
+        assert store.get([1, 0], out=out).tolist() == [3 - 4j, 1 + 2j]
 
 
 class Handed:
@@ -455,6 +495,12 @@ class TestCupyBackend:
             assert self.does(lambda index=index: store.get(index)) == ["check", "gather"]
             assert_same(store.get(index), {key: leaf[rows.astype(int)] for key, leaf in of_small(5, 100).items()})
 
+    def test_strided_rows_on_the_device(self):
+        store, rows = self.make(small(5)), self.on_device(np.arange(8))[::3, ...]
+        store.set(rows, of_small(5, 3))
+        assert_same(store.get([0, 3, 6]), of_small(5, 3))
+        assert_same(store.get(rows), of_small(5, 3))
+
     def test_negative_rows_on_the_device(self):
         store = self.make(small(5))
         store.set(self.on_device(np.array([-1, -100])), of_small(5, 2))
@@ -564,6 +610,17 @@ class TestCupyBackend:
         store.set(np.arange(10)[::-1], {"a": live["b"], "b": live["a"]})
         assert store.get(...)["a"].get().tolist() == list(range(19, 9, -1))
         assert store.get(...)["b"].get().tolist() == list(range(9, -1, -1))
+
+    def test_what_overlaps_a_buffer(self):
+        from anystore.backends.cuda import Buffers
+
+        arrays = [self.on_device(np.zeros(count, np.uint8)) for count in (3, 0, 7, 1)]
+        starts = dict(zip(map(id, arrays), (40, 33, 20, 30), strict=True))
+        buffers = Buffers(arrays, lambda array: starts[id(array)])
+        taken = {*range(40, 43), *range(20, 27), 30}
+        for start in range(10, 50):
+            for nbytes in range(1, 30):
+                assert buffers.overlap(start, nbytes) == bool(taken.intersection(range(start, start + nbytes)))
 
     def test_out_need_not_be_contiguous(self):
         store, values = self.make(ArraySpec((2,), "float32")), np.arange(200, dtype=np.float32).reshape(100, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -14,15 +15,16 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from anystore import kernels, moves
-from anystore.backends.base import Array, Backend, no_dtype, parse_device, resolve_device
+from anystore import kernels
+from anystore.backends.base import Array, no_dtype, parse_device, resolve_device
+from anystore.backends.cuda import CudaBackend
 from anystore.backends.random import Random, seed_sequence
 from anystore.convert import library_of, on_gpu, to_numpy
-from anystore.leaf_table import LeafTable, Record, RowsOfLaunch, first_of_run, sent_ahead
-from anystore.moves import basic_index, last_writes, leading_shape
-from anystore.rows import Rows, out_of_range
+from anystore.leaf_table import Record, first_of_run, sent_ahead
+from anystore.moves import basic_index, leading_shape
+from anystore.rows import Rows
 from anystore.specs import as_dtype, is_extension
-from anystore.staging import Staging, copy_async
+from anystore.staging import Sent, Specs, Staging, copy_async, fill
 
 _COPIES = 8
 """Up to so many leaves, rows that lie side by side are written by a plain copy of each; more leaves by one launch.
@@ -36,23 +38,7 @@ _DRAWS = 256
 _NUMBERS = (bool, int, float, np.generic)
 
 
-class _Together(list[Array]):
-    """The buffers of one storage, with what every call needs to know of them."""
-
-    def __init__(self, buffers: Sequence[Array]) -> None:
-        super().__init__(buffers)
-        self.specs = [(buffer.shape[1:], buffer.dtype) for buffer in buffers]
-        widths = [math.prod(shape) * dtype.itemsize for shape, dtype in self.specs]
-        self.record = Record([buffer.data.ptr for buffer in buffers], widths)
-        self._spans = [(buffer.data.ptr, buffer.data.ptr + buffer.nbytes) for buffer in buffers]
-
-    def overlaps(self, leaf: Array) -> bool:
-        """Whether a C-contiguous leaf shares memory with a buffer."""
-        start, end = leaf.data.ptr, leaf.data.ptr + leaf.nbytes
-        return any(start < last and first < end for first, last in self._spans)
-
-
-class CupyBackend(Backend):
+class CupyBackend(CudaBackend):
     """CuPy arrays on one GPU.
 
     Notes
@@ -72,6 +58,7 @@ class CupyBackend(Backend):
     """
 
     name = library = "cupy"
+    _address = operator.attrgetter("data.ptr")
 
     def __init__(self, device: Any = None) -> None:
         devices = self.devices()
@@ -106,126 +93,62 @@ class CupyBackend(Backend):
         with self._device:
             return cupy.zeros(shape, dtype)
 
-    def together(self, buffers: Sequence[Array]) -> _Together:
-        return buffers if isinstance(buffers, _Together) else _Together(buffers)
+    def _here(self) -> Any:
+        return self._device
+
+    def _is_contiguous(self, array: Array) -> bool:
+        return bool(array.flags.c_contiguous)
+
+    def _copy(self, array: Array) -> Array:
+        return array.copy()
+
+    def _send(self, arrays: Sequence[NDArray[Any]]) -> Sent:
+        return self._staging.send(arrays)
 
     def gather(self, buffers: Sequence[Array], rows: Rows, copy: bool | None) -> list[Array]:
         if not copy and isinstance(rows, (int, range)):
             index = basic_index(rows)
             return [buffer[index] for buffer in buffers]
-        together, lead = self.together(buffers), leading_shape(rows)
-        packed = together.record.packed(math.prod(lead))
-        with self._device:
+        buffers, lead = self.together(buffers), leading_shape(rows)
+        packed = buffers.record.packed(math.prod(lead))
+        with self._here():
             memory = cupy.cuda.alloc(max(packed.nbytes, 1))
-            self._gather(together.record, packed.table, memory.ptr, rows)
+            self._gather(buffers.record, packed.table, memory.ptr, rows)
             return [
                 cupy.ndarray(lead + shape, dtype, memory + offset)
-                for (shape, dtype), offset in zip(together.specs, packed.offsets)
+                for (shape, dtype), offset in zip(buffers.specs, packed.offsets)
             ]
-
-    def gather_into(self, buffers: Sequence[Array], rows: Rows, out: Sequence[Array]) -> None:
-        record, count = self.together(buffers).record, math.prod(leading_shape(rows))
-        with self._device:
-            filled = [array if array.flags.c_contiguous else cupy.empty(array.shape, array.dtype) for array in out]
-            table = record.table([array.data.ptr for array in filled], record.widths, count)
-            self._gather(record, table, 0, rows)
-            for source, array in zip(filled, out):
-                if source is not array:
-                    array[...] = source
-
-    def _gather(self, record: Record, table: LeafTable, base: int, rows: Rows) -> None:
-        sent = self._staging.send(sent_ahead(record, rows, None))
-        kernels.gather(table, base, _of_launch(rows, None, *sent.addresses))
-
-    def check_rows(self, index: Any, capacity: int) -> Rows | None:
-        if index.ndim == 0 or not (isinstance(index, cupy.ndarray) or on_gpu(index)):
-            return None
-        with self._device:
-            index = self._own(index)
-            if index.dtype == np.bool_ and index.shape == (capacity,):
-                rows: Rows = cupy.flatnonzero(index).astype(np.int64, copy=False)
-                return rows
-            if index.dtype.kind not in "iu" or index.size == 0:
-                return None
-            return self._check(cupy.ascontiguousarray(index), capacity)
-
-    def _check(self, index: Array, capacity: int) -> Rows:
-        rows, outside = cupy.empty(index.shape, np.int64), cupy.zeros(2, np.uint64)
-        kernels.check(index.data.ptr, index.dtype, index.size, capacity, rows.data.ptr, outside.data.ptr)
-        past, before = outside.get().tolist()  # the one synchronisation
-        if past or before:
-            raise out_of_range(past or -before, capacity)
-        checked: Rows = rows
-        return checked
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
         """Write a whole batch that is on the host: checked and packed in one go, sent in one copy."""
-        together, lead = self.together(buffers), leading_shape(rows)
-        record, count = together.record, math.prod(lead)
+        buffers, lead = self.together(buffers), leading_shape(rows)
+        record, count = buffers.record, math.prod(lead)
         packed = record.packed(count)
-        if packed.nbytes > _STAGED or not all(
-            _is_batch(leaf, spec, lead) for leaf, spec in zip(leaves, together.specs)
-        ):
+        if packed.nbytes > _STAGED or not _are_batch(leaves, buffers.specs, lead):
             return False
-        with self._device:
-            order = self._order(rows)
+        with self._here():
+            order = self._order(rows, count)
             ahead = sent_ahead(record, rows, order)
-            nbytes = packed.nbytes + sum(array.nbytes for array in ahead)
+            nbytes = packed.nbytes + (0 if ahead is None else ahead.nbytes)
             with self._staging.block(nbytes) as block:
-                if not moves.scatter(block.views(packed, count, together.specs), _places(lead), list(leaves)):
+                if not block.take(leaves, packed, buffers.specs, lead):
                     return False
-                if packed.nbytes == 0:
+                if packed.nbytes == 0 or self._copied(record, rows, count, block.ptr, packed.offsets):
                     return True
-                first = first_of_run(rows)
-                if first is not None and len(leaves) <= _COPIES:
-                    for address, width, offset in zip(record.addresses, record.widths, packed.offsets):
-                        block.send_to(address + first * width, offset, count * width)
-                    return True
-                for array in ahead:
-                    block.host[packed.nbytes : nbytes] = array.view(np.uint8)
+                if ahead is not None:
+                    fill(block.host, [ahead], [packed.nbytes])
                 memory = block.send(nbytes)
-            kernels.scatter(
-                packed.table, memory.ptr, _of_launch(rows, order, *(memory.ptr + packed.nbytes for _ in ahead))
-            )
+            at = 0 if ahead is None else memory.ptr + packed.nbytes
+            kernels.scatter(packed.table, memory.ptr, self._of_launch(rows, order, at))
         return True
 
-    def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
-        """Write a leaf to the rows of each buffer; those that are NumPy arrays are sent in one copy."""
-        together, lead = self.together(buffers), leading_shape(rows)
-        record, count = together.record, math.prod(lead)
-        if count == 0:
-            return
-        with self._device:
-            order = self._order(rows)
-            here = [None if isinstance(leaf, np.ndarray) else self._apart(leaf, together) for leaf in leaves]
-            host = [np.ascontiguousarray(leaf) for leaf in leaves if isinstance(leaf, np.ndarray)]
-            sent = self._staging.send([*host, *sent_ahead(record, rows, order)])
-            places = iter(sent.addresses)
-            batches = [next(places) if leaf is None else leaf.data.ptr for leaf in here]
-            full = [leaf.ndim == len(lead) + len(shape) for leaf, (shape, _) in zip(leaves, together.specs)]
-            first = first_of_run(rows)
-            if first is not None and len(leaves) <= _COPIES and (count == 1 or all(full)):
-                for address, width, batch in zip(record.addresses, record.widths, batches):
-                    copy_async(address + first * width, batch, count * width)
-                return
-            steps = [width if whole else 0 for width, whole in zip(record.widths, full)]
-            kernels.scatter(record.table(batches, steps, count), 0, _of_launch(rows, order, *places))
-
-    def _apart(self, leaf: Array, together: _Together) -> Array:
-        """A leaf that can be read while the buffers are written to."""
-        leaf = cupy.ascontiguousarray(leaf)
-        return leaf.copy() if together.overlaps(leaf) else leaf
-
-    def _order(self, rows: Rows) -> Array | None:
-        """For each row the last of its values, where the rows are; None where each is there once."""
-        if isinstance(rows, np.ndarray):
-            return last_writes(rows)
-        if isinstance(rows, (int, range)) or rows.size < 2:
-            return None
-        slots, order = cupy.cuda.alloc(kernels.slots_nbytes(rows.size)), cupy.empty(rows.size, np.int64)
-        slots.memset_async(0xFF, kernels.slots_nbytes(rows.size))
-        kernels.note_last_writes(rows.data.ptr, rows.size, slots.ptr, order.data.ptr)
-        return order
+    def _copied(self, record: Record, rows: Rows, count: int, base: int, batches: Sequence[int]) -> bool:
+        first = first_of_run(rows)
+        if first is None or len(batches) > _COPIES:
+            return False
+        for address, width, batch in zip(record.addresses, record.widths, batches):
+            copy_async(address + first * width, base + batch, count * width)
+        return True
 
     def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
         if isinstance(value, cupy.ndarray) or on_gpu(value):
@@ -242,7 +165,6 @@ class CupyBackend(Backend):
             return self._own(array).astype(dtype, copy=False)
 
     def _own(self, array: Any) -> Array:
-        """An array on a GPU, of whatever library, as one of CuPy on this device; it is the current one."""
         if not isinstance(array, cupy.ndarray):
             array = _taken_over(array)
         if array.device == self._device:
@@ -350,21 +272,9 @@ def _taken_over(array: Any) -> Array:
     return taken if taken.dtype == dtype else taken.view(dtype)  # some export bool as uint8
 
 
-def _is_batch(leaf: Any, spec: tuple[tuple[int, ...], Any], lead: tuple[int, ...]) -> bool:
-    """Whether a leaf may be a whole batch on the host: an array of the right shape, or a number for a single row."""
-    if type(leaf) is np.ndarray:
-        return bool(leaf.shape == lead + spec[0])
-    return not lead and isinstance(leaf, _NUMBERS)
-
-
-def _places(lead: tuple[int, ...]) -> Any:
-    """All rows of a batch with these axes in front, one after the other."""
-    count = math.prod(lead)
-    return 0 if not lead else range(count) if len(lead) == 1 else np.arange(count, dtype=np.intp).reshape(lead)
-
-
-def _of_launch(rows: Rows, order: Any, sent: int = 0) -> RowsOfLaunch:
-    """What a launch is told of the rows; `sent` is the address of those that were sent ahead."""
-    if isinstance(rows, cupy.ndarray):
-        return RowsOfLaunch(rows.size, rows.data.ptr, 0 if order is None else order.data.ptr)
-    return RowsOfLaunch.of(rows, order, sent)
+def _are_batch(leaves: Sequence[Any], specs: Specs, lead: tuple[int, ...]) -> bool:
+    """Whether leaves may be a whole batch on the host: arrays of the right shape, and numbers for a single row."""
+    return all(
+        leaf.shape == lead + shape if type(leaf) is np.ndarray else not lead and isinstance(leaf, _NUMBERS)
+        for leaf, (shape, _) in zip(leaves, specs)
+    )

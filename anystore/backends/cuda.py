@@ -1,0 +1,189 @@
+"""What the backends on NVIDIA GPUs share: the kernels check, read and write rows, whoever owns the memory."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anystore import kernels
+from anystore.backends.base import Array, Backend
+from anystore.convert import on_gpu
+from anystore.leaf_table import LeafTable, Record, RowsOfLaunch, sent_ahead
+from anystore.moves import last_writes, leading_shape
+from anystore.rows import Rows, out_of_range
+from anystore.specs import as_dtype
+from anystore.staging import Sent
+
+
+class Buffers(list[Array]):
+    """The buffers of one storage, with what every call needs to know of them.
+
+    Attributes
+    ----------
+    specs : list of tuple
+        The shape of a row of each, and its dtype.
+    record : Record
+        Where they are, and how wide.
+    """
+
+    def __init__(self, buffers: Sequence[Array], address_of: Callable[[Array], int]) -> None:
+        super().__init__(buffers)
+        self.specs = [(tuple(buffer.shape[1:]), buffer.dtype) for buffer in buffers]
+        addresses = [address_of(buffer) for buffer in buffers]
+        self.record = Record(addresses, [math.prod(shape) * dtype.itemsize for shape, dtype in self.specs])
+        spans = sorted((start, start + buffer.nbytes) for start, buffer in zip(addresses, buffers) if buffer.nbytes)
+        self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
+
+    def overlap(self, start: int, nbytes: int) -> bool:
+        """Whether any of so many bytes at this address are those of a buffer; buffers do not overlap one another."""
+        before_end = bisect.bisect_left(self._starts, start + nbytes)
+        return before_end > 0 and start < self._ends[before_end - 1]
+
+
+class CudaBackend(Backend):
+    """Arrays on one NVIDIA GPU.
+
+    A library owes what is its own to say: where an array is, how one is made, copied and sent, and which stream and
+    which device are current. The rest goes by address.
+    """
+
+    _address: Callable[[Array], int]
+    """Where the memory of an array starts."""
+    _device: Any
+    """The device, in the library's own words."""
+
+    @abstractmethod
+    def _here(self) -> AbstractContextManager[object]:
+        """In which the current device is that of the storage, to the library and to CuPy, which launches."""
+
+    def _stream(self) -> kernels.Stream | None:
+        """The library's current stream; None for that of CuPy."""
+        return None
+
+    @abstractmethod
+    def _is_contiguous(self, array: Array) -> bool:
+        """Whether the memory of an array holds its very values, in C order and with nothing in between."""
+
+    @abstractmethod
+    def _copy(self, array: Array) -> Array:
+        """A C-contiguous copy."""
+
+    @abstractmethod
+    def _own(self, array: Any) -> Array:
+        """An array on a GPU, of whatever library, as one of this library on this device."""
+
+    @abstractmethod
+    def _send(self, arrays: Sequence[NDArray[Any]]) -> Sent:
+        """Send C-contiguous arrays in one copy."""
+
+    def _empty(self, shape: Any, dtype: Any = None) -> Array:
+        """An array of the library's own dtype, int64 unless another is asked for, that holds anything."""
+        xp = self.xp
+        return xp.empty(shape, dtype=xp.int64 if dtype is None else dtype, device=self._device)
+
+    def together(self, buffers: Sequence[Array]) -> Buffers:
+        return buffers if isinstance(buffers, Buffers) else Buffers(buffers, self._address)
+
+    # Rows that live on the device -------------------------------------------------------------------------------------
+
+    def check_rows(self, index: Any, capacity: int) -> Rows | None:
+        if index.ndim == 0 or not (self.writable(index) or on_gpu(index)):
+            return None
+        with self._here():
+            index = self._own(index)
+            dtype = as_dtype(index.dtype)
+            if dtype.kind == "b" and index.shape == (capacity,):
+                return self.as_rows(self.chosen(index))
+            if dtype.kind not in "iu" or 0 in index.shape:
+                return None
+            return self._check(index if self._is_contiguous(index) else self._copy(index), dtype, capacity)
+
+    def _check(self, index: Array, dtype: np.dtype[Any], capacity: int) -> Rows:
+        rows: Rows = self._empty(index.shape)
+        outside = self._empty(2)
+        count, places = math.prod(index.shape), (self._address(rows), self._address(outside))
+        kernels.check(self._address(index), dtype, count, capacity, *places, self._stream())
+        past, before = (number % 2**64 for number in outside.tolist())  # the one synchronisation
+        if past or before:
+            raise out_of_range(past or -before, capacity)
+        return rows
+
+    def _order(self, rows: Any, count: int) -> Any:
+        """For each row the last of its values, where the rows are; None where each is there once."""
+        if isinstance(rows, np.ndarray):
+            return last_writes(rows)
+        if isinstance(rows, (int, range)) or count < 2:
+            return None
+        slots, order = self._empty(kernels.slots_nbytes(count) // 8), self._empty(count)
+        places = self._address(slots), self._address(order)
+        kernels.note_last_writes(self._address(rows), count, *places, self._stream())
+        return order
+
+    # Reading and writing ----------------------------------------------------------------------------------------------
+
+    def gather_into(self, buffers: Sequence[Array], rows: Rows, out: Sequence[Array]) -> None:
+        with self._here():
+            filled = [array if self._is_contiguous(array) else self._empty(array.shape, array.dtype) for array in out]
+            self._fill(self.together(buffers).record, rows, filled)
+            for source, array in zip(filled, out):
+                if source is not array:
+                    array[...] = source
+
+    def _fill(self, record: Record, rows: Rows, leaves: Sequence[Array]) -> None:
+        """Gather the rows into contiguous arrays."""
+        count = math.prod(leading_shape(rows))
+        self._gather(record, record.table([self._address(leaf) for leaf in leaves], record.widths, count), 0, rows)
+
+    def _gather(self, record: Record, table: LeafTable, base: int, rows: Rows) -> None:
+        ahead = sent_ahead(record, rows, None)
+        sent = None if ahead is None else self._send([ahead])  # to be held until the launch
+        at = 0 if sent is None else sent.addresses[0]
+        kernels.gather(table, base, self._of_launch(rows, None, at), self._stream())
+
+    def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
+        """Write a leaf to the rows of each buffer; those that are NumPy arrays are sent in one copy."""
+        buffers, lead = self.together(buffers), leading_shape(rows)
+        record, count = buffers.record, math.prod(lead)
+        if count == 0:
+            return
+        with self._here():
+            order = self._order(rows, count)
+            ahead = sent_ahead(record, rows, order)
+            leaves = [self._readable(leaf, buffers) for leaf in leaves]
+            host = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
+            sent = self._send(host if ahead is None else [*host, ahead])
+            places = iter(sent.addresses)
+            batches = [next(places) if isinstance(leaf, np.ndarray) else self._address(leaf) for leaf in leaves]
+            steps = tuple(
+                width if leaf.ndim == len(lead) + len(shape) else 0
+                for leaf, width, (shape, _) in zip(leaves, record.widths, buffers.specs)
+            )
+            if (count == 1 or steps == record.widths) and self._copied(record, rows, count, 0, batches):
+                return
+            at = 0 if ahead is None else sent.addresses[-1]
+            kernels.scatter(record.table(batches, steps, count), 0, self._of_launch(rows, order, at), self._stream())
+
+    def _copied(self, record: Record, rows: Rows, count: int, base: int, batches: Sequence[int]) -> bool:
+        """Write whole batches, so far behind a base, if that takes no launch; else write nothing and return False."""
+        return False
+
+    def _readable(self, leaf: Array, buffers: Buffers) -> Array:
+        """A C-contiguous leaf that can be read while the buffers are written to."""
+        if isinstance(leaf, np.ndarray):
+            return np.asarray(leaf, order="C")
+        if self._is_contiguous(leaf) and not buffers.overlap(self._address(leaf), leaf.nbytes):
+            return leaf
+        return self._copy(leaf)
+
+    def _of_launch(self, rows: Any, order: Any, sent: int) -> RowsOfLaunch:
+        """What a launch is told of the rows; `sent` is the address of those that were sent ahead, or 0."""
+        if isinstance(rows, (int, range, np.ndarray)):
+            return RowsOfLaunch.of(rows, order, sent)
+        return RowsOfLaunch(math.prod(rows.shape), self._address(rows), 0 if order is None else self._address(order))
