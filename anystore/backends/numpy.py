@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore import moves
-from anystore.backends.base import Array, Backend, host_memory, is_disk, resolve_device
+from anystore.backends.base import Array, Backend, is_disk, resolve_device
 from anystore.backends.random import NumpyRandom, Random
 from anystore.moves import basic_index
 from anystore.rows import Rows
@@ -62,7 +62,7 @@ class NumpyBackend(Backend):
 
     def free_memory(self) -> int | None:
         if self._scratch is None:
-            return host_memory()
+            return super().free_memory()
         try:
             disk = os.statvfs(self._scratch)
             return disk.f_bavail * disk.f_frsize
