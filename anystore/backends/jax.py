@@ -35,7 +35,7 @@ class _Held:
 
 
 class _Cell:
-    """The place of one of them."""
+    """The place of an array among those of a storage, which selections share."""
 
     __slots__ = ("held", "lent", "position")
 
@@ -57,7 +57,7 @@ class _Cells(list[_Cell]):
         super().__init__(cells)
         held, places = cells[0].held, [(cell.held, cell.position) for cell in cells]
         self.whole = held if places == [(held, position) for position in range(len(held.arrays))] else None
-        """What they are all the places of, if it is one storage."""
+        """The arrays that these are all the places of; None for a part of them."""
         self.classes = [type(cell.array) for cell in cells]
         self.taken: Any = None
         """What was last seen to fit: the leading shape and the avals of the leaves."""
