@@ -74,17 +74,18 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False, device: An
         raise ImportError(
             f"handing arrays over to {library} needs it, and it cannot be imported ({error}); install {library}"
         ) from error
-    if device is None:
-        return map_leaves(lambda leaf: None if leaf is None else _hand_over(leaf, library, copy), nest)
-    if library == "tensorflow":
+    if device is not None and library == "tensorflow":
         raise ValueError("expected no device= for tensorflow, which has no backend here; use tf.device")
-    there, copy = select_backend(library, device), copy or None
+    there = None if device is None else select_backend(library, device)
+    sharing = copy if there is None else copy or None
 
-    def brought(leaf: Any) -> Any:
-        array = _hand_over(leaf, library, copy)
-        return there.move(array, array.dtype)
+    def handed(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        array = _hand_over(leaf, library, sharing)
+        return array if there is None else there.move(array, array.dtype)
 
-    return map_leaves(lambda leaf: None if leaf is None else brought(leaf), nest)
+    return map_leaves(handed, nest)
 
 
 def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:

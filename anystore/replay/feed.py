@@ -266,11 +266,16 @@ def _drawn(draw: Callable[[], Any], hand_over: Callable[[Any], Any]) -> Any:
 
 def _hand_over(sample: Any, library: str, copy: bool | None, device: Any) -> Any:
     """The sample in the arrays of a library, but for its rows."""
-    if not hasattr(sample, "rows"):
+    if not _is_sample(sample):
         return to_library(sample, library, copy=copy, device=device)
     # They are for the buffer alone, and of a dtype that not every library has (JAX has no int64).
     handed: Any = to_library(sample._replace(rows=None), library, copy=copy, device=device)
     return handed._replace(rows=sample.rows)
+
+
+def _is_sample(sample: Any) -> bool:
+    """Whether it is a named tuple that says which rows it is of, as that of a `ReplayBuffer` is."""
+    return "rows" in getattr(sample, "_fields", ())
 
 
 # The data sets of other libraries ----------------------------------------------------------------------------------
@@ -376,7 +381,7 @@ def tf_dataset(buffer: Any, batch_size: int, **options: Any) -> Any:
 
 def _given(sample: Any) -> Any:
     """The fields of a sample that are not None, by name."""
-    if not hasattr(sample, "rows"):
+    if not _is_sample(sample):
         return sample
     return {name: value for name, value in sample._asdict().items() if value is not None}
 
