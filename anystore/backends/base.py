@@ -158,6 +158,11 @@ class Backend(ABC):
             return self.move(value, self.native_dtype(dtype))
         return self.from_numpy(to_numpy(value).astype(dtype, copy=False))
 
+    def own(self, value: Array, dtype: np.dtype[Any]) -> Array:
+        """`value`, an array of any library, as one of this library: as `bring`, and also what that keeps in NumPy."""
+        brought = self.bring(value, dtype)
+        return self.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
+
     def random(self, seed: int | None = None) -> Random:
         """A generator of random arrays of the library, on the device.
 

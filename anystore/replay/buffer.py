@@ -749,8 +749,7 @@ class ReplayBuffer:
             array = array.astype(np.intp)
         if len(array.shape) != 1 or as_dtype(array.dtype).kind not in "iu":
             raise TypeError(f"expected rows as in Sample.rows, a flat array of integers, found {rows!r:.80}")
-        brought = self._books.bring(array, self._books.index_dtype)
-        return self._books.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
+        return self._books.own(array, self._books.index_dtype)
 
     def counts(self) -> Counts:
         """What `stats` are made of."""

@@ -133,10 +133,8 @@ class Draws:
                 f"expected {places.shape[0]} weights from {type(self._sampler).__name__}.weights, a flat array, found "
                 f"{weights!r:.80}"
             )
-        brought = books.bring(weights, wanted)
-        brought = books.from_numpy(brought) if isinstance(brought, np.ndarray) else brought
         # A copy, since it may be an array that the sampler goes on to use.
-        return books.xp.astype(brought, books.native_dtype(wanted), copy=True)
+        return books.xp.astype(books.own(weights, wanted), books.native_dtype(wanted), copy=True)
 
     def _good(self, places: Array, items: range, usable: Usable | None) -> Array:
         """Which draws are of use."""

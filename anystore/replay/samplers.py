@@ -312,9 +312,8 @@ def as_priorities(priorities: Any, count: int, backend: Backend, given: np.dtype
     """
     dtype = backend.float_dtype
     with np.errstate(over="ignore"):  # what is too large for the dtype is refused below
-        array = backend.bring(priorities if is_array(priorities) else np.asarray(priorities, dtype), dtype)
+        array = backend.own(priorities if is_array(priorities) else np.asarray(priorities, dtype), dtype)
     xp = backend.xp
-    array = backend.from_numpy(array) if isinstance(array, np.ndarray) else array
     if array.shape != (count,):
         raise ValueError(f"expected {count} priorities, one for each row, found an array of shape {tuple(array.shape)}")
     largest = float(np.finfo(given).max)
