@@ -15,6 +15,7 @@ import numpy as np
 import anystore
 from anystore import ArraySpec, BackendInfo, Storage, available_backends, plan
 from anystore.convert import to_numpy
+from anystore.nests import label
 from anystore.plan import as_count
 from anystore.snapshot.report import as_text, report
 
@@ -89,12 +90,11 @@ def _round_trip(info: BackendInfo) -> tuple[str, bool]:
 
 def _show_plan(text: str, capacity: int) -> int:
     try:
-        spec = _read_spec(text)
-        print(f"{capacity:,} rows")
-        print(plan(spec, capacity))
+        planned = plan(_read_spec(text), capacity)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"anystore plan: {error}", file=sys.stderr)
         return 2
+    print(f"{capacity:,} rows\n{planned}")
     return 0
 
 
@@ -127,15 +127,24 @@ def _from_json(text: str) -> Any:
         raise ValueError(f"expected JSON: {error}") from None
 
 
-def _specs(node: Any) -> Any:
+def _specs(node: Any, path: str = "") -> Any:
     """The nest of specs that parsed JSON stands for: an object with a shape and a dtype is a leaf."""
-    if isinstance(node, list):
-        return [_specs(child) for child in node]
-    if not isinstance(node, dict):
-        raise ValueError(f"expected {{'shape': [...], 'dtype': '...'}} at each leaf, found {node!r:.80}")
-    if {"shape", "dtype"} <= node.keys() <= {"shape", "dtype", "name"}:
-        return ArraySpec(node["shape"], node["dtype"], node.get("name"))
-    return {key: _specs(child) for key, child in node.items()}
+    children = enumerate(node) if isinstance(node, list) else node.items() if isinstance(node, dict) else None
+    if children is None:
+        raise ValueError(f"{label(path)}: expected {{'shape': [...], 'dtype': '...'}} at each leaf, found {node!r:.80}")
+    if isinstance(node, dict) and {"shape", "dtype"} <= node.keys():
+        return _leaf(node, path)
+    found = {key: _specs(child, f"{path}/{key}" if path else str(key)) for key, child in children}
+    return list(found.values()) if isinstance(node, list) else found
+
+
+def _leaf(node: dict[str, Any], path: str) -> ArraySpec:
+    if unexpected := sorted(node.keys() - {"shape", "dtype", "name"}):
+        raise ValueError(f"{label(path)}: expected a shape, a dtype and perhaps a name, found {unexpected} as well")
+    try:
+        return ArraySpec(**node)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{label(path)}: {error}") from None
 
 
 def _of_environment(name: str) -> Any:

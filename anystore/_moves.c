@@ -231,7 +231,7 @@ typedef struct {
     npy_intp batch_step; /* the bytes from one row of the batch to the next: the width, or 0 for one item to all */
     PyObject *held;      /* what owns the memory of the batch, if nobody else does */
     int is_cold;         /* whether the memory of the batch is in no cache */
-    char number[32];     /* the memory of a batch that is a single number */
+    _Alignas(16) char number[32]; /* the memory of a batch that is a single number, as NumPy expects it */
 } Move;
 
 typedef struct {

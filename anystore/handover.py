@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.backends import select_backend
+from anystore.backends.base import no_dtype
 from anystore.convert import is_array, library_of, on_gpu, to_numpy
 from anystore.nests import map_leaves
 from anystore.specs import as_dtype, is_extension
@@ -132,6 +133,8 @@ def _obstacle(leaf: Any, library: str) -> str | None:
         return "it is in the memory of a GPU"
     if library == "cupy" and not on_gpu(leaf):
         return "it is in main memory"
+    if isinstance(leaf, np.generic) and library != "numpy":
+        return "it is a single number of NumPy's, which has no memory to share"
     if library_of(leaf) == "torch" and leaf.is_neg():
         return "it is the negative of what is in its memory"  # which DLPack leaves out
     address, strides, contiguous = _layout(leaf)
@@ -174,7 +177,7 @@ class _Taker(NamedTuple):
     copy: Callable[[Any], Any]
     """A copy of one of its own, C-contiguous and on the same device."""
     check_dtype: Callable[[np.dtype[Any]], None] = lambda dtype: None
-    """Raises a ValueError for a dtype that it would change and not say so."""
+    """Raises a ValueError for a dtype that it lacks, or would change and not say so."""
 
 
 def _numpy_share(array: Any) -> Any:
@@ -188,6 +191,12 @@ def _torch_share(array: Any) -> Any:
     if type(array) is np.ndarray and is_extension(dtype):
         return torch.from_dlpack(array.view(f"i{dtype.itemsize}")).view(getattr(torch, dtype.name))
     return torch.from_dlpack(array)
+
+
+def _torch_check(dtype: np.dtype[Any]) -> None:
+    torch: Any = importlib.import_module("torch")
+    if is_extension(dtype) and not isinstance(getattr(torch, dtype.name, None), torch.dtype):
+        raise no_dtype("torch", dtype, "choose another dtype or another library")
 
 
 def _jax_share(array: Any) -> Any:
@@ -249,7 +258,7 @@ def _of(library: str, path: str) -> Callable[[Any], Any]:
 
 _TAKERS = {
     "numpy": _Taker(_numpy_share, lambda array: array, np.array),
-    "torch": _Taker(_torch_share, _torch_share, lambda tensor: tensor.detach().clone().contiguous()),
+    "torch": _Taker(_torch_share, _torch_share, lambda tensor: tensor.detach().clone().contiguous(), _torch_check),
     "jax": _Taker(_jax_share, _jax_from_numpy, _jax_from_numpy, _jax_check),
     "tensorflow": _Taker(_tensorflow_share, _of("tensorflow", "constant"), _of("tensorflow", "identity")),
     "cupy": _Taker(_of("cupy", "from_dlpack"), _of("cupy", "asarray"), lambda array: array.copy()),

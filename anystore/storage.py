@@ -415,12 +415,23 @@ class Storage:
 
         save_snapshot(path, {"items": self}, keep=keep, progress=progress)
 
+    def _position(self, path: str) -> int:
+        """Where the leaf at a path is among the buffers."""
+        return self._nest.paths.index(path)
+
     def _track(self, changes: Changes | None) -> None:
         """Have the rows noted that are written from now on, here and through selections."""
         if self._selected_from is None:
             self._changes = changes
             for selection in self._selections:
                 selection._changes = changes
+
+    def _noted_since(self, snapshot: str, name: str) -> Changes | None:
+        """The rows written since it was `name` in that version of a snapshot; None if some may not have been noted."""
+        changes = self._changes
+        if changes is None or (changes.snapshot, changes.name) != (snapshot, name):
+            return None
+        return None if self._lent.ever and self._backend.has_views else changes
 
     @property
     def directory(self) -> Path | None:
@@ -434,6 +445,8 @@ class Storage:
 
         Raises
         ------
+        SnapshotError
+            If another process has resized it, so that what was written here is lost; open it anew.
         OSError
             If the disk is full or fails.
         """
@@ -489,9 +502,14 @@ class Storage:
         Raises
         ------
         ValueError
-            If the capacity is not positive, or this storage is a selection: resize the one it was selected from.
+            If the capacity is not positive, or this storage is a selection: resize the one it was selected from; if it
+            is memory-mapped for reading.
         MemoryError
             If the buffers cannot be allocated; the storage stays as it was.
+        SnapshotError
+            If another process has resized a memory-mapped storage, or is about to.
+        OSError
+            If there is no room for its new files on the disk; it stays as it was.
         """
         if self._selected_from is not None:
             raise ValueError("a selection has the capacity of the storage it was selected from; resize that one")
@@ -512,15 +530,18 @@ class Storage:
             self._switch(self._backend.together(self._mapped.buffers), self._mapped.capacity)
 
     def _switch(self, buffers: list[Any], capacity: int) -> None:
-        """Have other buffers, and all selections as well."""
-        self._buffers, self._capacity = buffers, capacity
-        self._lent = _Lent(self._mapped is not None)
+        """Have other buffers, for so many rows."""
+        self._capacity, self._lent = capacity, _Lent(self._mapped is not None)
         self._track(None)
+        self._hold(buffers)
+
+    def _hold(self, buffers: list[Any]) -> None:
+        """Have these buffers, and the selections theirs of them."""
+        self._buffers = buffers
         for selection in self._selections:
             _, positions = selection._selected_from  # type: ignore[misc]
             selection._buffers = self._backend.together([buffers[position] for position in positions])
-            selection._capacity = capacity
-            selection._lent = self._lent
+            selection._capacity, selection._lent = self._capacity, self._lent
 
     def _plan(self, capacity: int) -> Plan:
         return Plan(capacity, self._nest.leaves)

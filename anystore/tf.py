@@ -330,12 +330,15 @@ class _Storage(Storage):
         ValueError
             If `array` has not the shape and dtype of the buffer; with the path of the leaf.
         """
-        self._lent.ever = True  # buffers change here without a set, so that a snapshot is to be written whole
+        self._track(None)  # buffers change here without a set, so that the next snapshot is to be written whole
         existing, spec = self._existing(), self._nest.specs[position]
         if array.ndim == 0:
             existing.pop(position, None)
-            self._made = existing
-            vars(self).pop("_buffers", None)
+            if len(self._selections):  # which have theirs at all times
+                self._hold(self._complete(existing))
+            else:
+                self._made = existing
+                vars(self).pop("_buffers", None)
             return
         if array.dtype != spec.dtype and array.dtype.kind == spec.dtype.kind == "V":
             array = _as_extension(array, spec.dtype)

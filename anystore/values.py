@@ -140,11 +140,24 @@ def _check_shape(leaf: _Leaf, lead: tuple[int, ...]) -> None:
 def _check_dtype(leaf: _Leaf, casting: Casting) -> None:
     if leaf.is_python and _python_fits(leaf.dtype, leaf.spec.dtype):
         return
-    if leaf.dtype != leaf.spec.dtype and not np.can_cast(leaf.dtype, leaf.spec.dtype, casting):
+    if leaf.dtype != leaf.spec.dtype and not can_cast(leaf.dtype, leaf.spec.dtype, casting):
         raise TypeError(
             f"{label(leaf.path)}: expected {leaf.spec.dtype}, found {leaf.dtype}, which casting={casting!r} refuses; "
             "convert the value, or give the storage another casting"
         )
+
+
+def can_cast(found: np.dtype[Any], expected: np.dtype[Any], casting: Casting) -> bool:
+    """Whether `casting` allows to convert between dtypes, in NumPy's words and by its rules.
+
+    Also of the types of ml_dtypes, which NumPy finds to be of the same kind as any other.
+    """
+    if not np.can_cast(found, expected, casting):
+        return False
+    low, high = kind_of(found), kind_of(expected)
+    if casting == "unsafe" or low is None or high is None:
+        return True
+    return low < high or (low == high and (low != 1 or limits(expected)[0] < 0 or limits(found)[0] >= 0))
 
 
 def _python_fits(found: np.dtype[Any], expected: np.dtype[Any]) -> bool:
@@ -161,4 +174,6 @@ def _from_python(leaf: _Leaf) -> NDArray[Any]:
         if numbers.min() < low or numbers.max() > high:
             found = f"{numbers.tolist()!r:.80}"
             raise OverflowError(f"{label(leaf.path)}: expected integers that fit {leaf.spec.dtype}, found {found}")
+    if numbers.dtype.hasobject and kind_of(leaf.spec.dtype) == 2:
+        numbers = numbers.astype(np.float64)  # the types of ml_dtypes take no integers past 64 bits
     return numbers.astype(leaf.spec.dtype)

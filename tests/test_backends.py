@@ -17,6 +17,7 @@ import pytest
 import anystore.backends
 from anystore import ArraySpec, Storage, available_backends, select_backend
 from anystore.backends.base import parse_device, resolve_device
+from anystore.backends.numpy import NumpyBackend
 from anystore.replay import Prioritized, ReplayBuffer
 from tests import stand_in
 
@@ -111,6 +112,10 @@ class TestSelectBackend:
             ):
                 select_backend(backend, "cuda:0")
 
+    def test_the_device_of_a_backend_of_ones_own(self):
+        backend = NumpyBackend()
+        assert select_backend(backend, "cpu") is backend
+
 
 class TestCupyOnAStandIn:
     @pytest.fixture(autouse=True)
@@ -174,6 +179,14 @@ class TestAvailableBackends:
         (info,) = (info for info in available_backends() if info.name == "array_api_strict")
         assert not info.usable
         assert info.reason.startswith("cannot be imported: ")
+        assert info.version is None
+
+    def test_tells_that_devices_cannot_be_listed(self, monkeypatch):
+        monkeypatch.setattr(NumpyBackend, "devices", lambda: [][0])
+        (info,) = (info for info in available_backends() if info.name == "numpy")
+        assert info == anystore.BackendInfo(
+            "numpy", False, "its devices cannot be listed: list index out of range", np.__version__, ()
+        )
 
 
 class TestDevices:
@@ -413,6 +426,28 @@ class TestJax:
         with jax.default_device(jax.devices("cpu")[0]):
             assert select_backend("jax").device == "cpu"
 
+    def test_is_there_where_jax_is_told_to_leave_the_cpu_out(self, monkeypatch):
+        jax = pytest.importorskip("jax")
+        (cpu,), module = jax.devices("cpu")[:1], importlib.import_module("anystore.backends.jax")
+
+        class Accelerator:
+            platform, id = "tpu", 0
+
+        def devices(platform=None):
+            if platform is None:
+                return [Accelerator()]
+            raise RuntimeError(f"Unknown backend {platform}")
+
+        monkeypatch.setattr(jax, "devices", devices)
+        assert module.JaxBackend.devices() == ["tpu:0"]
+        assert cpu.platform == "cpu"
+
+    def test_an_array_on_several_devices_names_none(self):
+        pytest.importorskip("jax")
+        several = types.SimpleNamespace(devices=lambda: {"one", "two"})
+        with pytest.raises(ValueError, match="expected an array on one device as the backend, found one on 2; give"):
+            anystore.backends._device_of(several, "jax")
+
     @pytest.mark.parametrize("dtype", ["U3", "V4", "longdouble", "M8[s]", "S3"])
     def test_what_jax_cannot_hold_is_refused(self, store, dtype):
         with pytest.raises(ValueError, match="^x: JAX has no .*; choose another dtype"):
@@ -447,6 +482,26 @@ class TestTorch:
         assert store.get(3)["x"].tolist() == [1 - 2j, 3 + 1j]
         assert store.get(3)["y"].tolist() == [0, 2]
         assert not store.buffers["y"].requires_grad
+
+    @pytest.mark.parametrize("index", [slice(0, 2), [0, 1]], ids=str)
+    def test_tensors_that_are_not_what_is_in_memory_without_the_compiled_moves(self, index):
+        """On a device where torch itself moves the rows."""
+        torch = pytest.importorskip("torch")
+        backend = importlib.import_module("anystore.backends.torch").TorchBackend("cpu")
+        store = Storage({"a": ArraySpec((), "float32"), "z": ArraySpec((), "complex64")}, 3, backend=backend)
+        z = torch.tensor([1 + 2j, 3 - 1j])
+        for lazy in (z.conj(), torch._neg_view(z)):
+            store.set(index, {"a": torch.tensor([7.0, 8.0]), "z": lazy})
+            assert store.get([0, 1])["z"].tolist() == lazy.resolve_conj().resolve_neg().tolist()
+        assert store.get([0, 1])["a"].tolist() == [7, 8]
+
+    def test_takes_a_field_of_records(self):
+        pytest.importorskip("torch")
+        records = np.array([(1.5, 1), (2.5, 2)], [("x", "f4"), ("flag", "i1")])
+        store = Storage({"x": ArraySpec((), "float32"), "y": ArraySpec((), "float32")}, 2, backend="torch")
+        for y in (records["x"], [1, 2]):  # with the one it is taken as it is, with the other it is brought there
+            store.set(..., {"x": records["x"], "y": y})
+            assert store.get(...)["x"].tolist() == [1.5, 2.5]
 
     def test_memory_that_torch_moves_is_that_of_the_storage(self):
         """As it does when a view is sent to another process."""

@@ -67,15 +67,19 @@ class TestPlan:
         ("spec", "text"),
         [
             ("{", "expected JSON"),
-            ('{"a": 3}', "expected {'shape': [...], 'dtype': '...'} at each leaf, found 3"),
-            ('{"a": {"shape": [-1], "dtype": "int8"}}', "without negative lengths"),
-            ('{"a": {"shape": [1], "dtype": "real"}}', "'real' is no dtype"),
+            ('{"a": [1, 3]}', "a/0: expected {'shape': [...], 'dtype': '...'} at each leaf, found 1"),
+            ('{"a": {"shape": [-1], "dtype": "int8"}}', "a: expected a shape without negative lengths"),
+            ('[{"b": {"shape": [1], "dtype": "real"}}]', "0/b: 'real' is no dtype"),
+            ('{"shape": [1], "dtype": "int8", "unit": "m"}', "the item: expected a shape, a dtype and perhaps a name"),
+            ("[]", "expected a nest with at least one ArraySpec"),
             ("nowhere.json", "No such file"),
         ],
     )
     def test_says_what_is_wrong(self, capsys, spec, text):
         assert main(["plan", spec, "10"]) == 2
-        assert text in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert text in said.err
+        assert said.out == ""
 
     def test_says_that_an_environment_is_none(self, capsys):
         pytest.importorskip("gymnasium")

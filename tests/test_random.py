@@ -218,6 +218,14 @@ class TestJax(RandomContract):
         with jax.default_prng_impl("rbg"):
             assert draws(self.make()) == expected
 
+    def test_draws_where_jax_promotes_nothing(self):
+        import jax
+
+        expected = draws(self.make())
+        jax.clear_caches()
+        with jax.numpy_dtype_promotion("strict"):
+            assert draws(self.make()) == expected
+
     @pytest.mark.parametrize("high", [1, 2, 1000, 65_537, 2**31 - 1, 2**31])
     def test_integers_are_scaled_from_64_bits(self, high):
         import jax

@@ -3,13 +3,16 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import errno
 import itertools
 import json
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 import tracemalloc
+import types
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +24,7 @@ from anystore import ArraySpec, SnapshotError, Storage, load, select_backend
 from anystore.convert import to_numpy
 from anystore.snapshot import Snapshot, files, manifest, npy, progress, save_snapshot, writer
 from anystore.snapshot.manifest import read_manifest
+from anystore.snapshot.report import report
 from tests import stand_in
 from tests.items import SPEC, Pose, assert_same, batch, host, leaves
 
@@ -247,9 +251,12 @@ class TestNests:
         found.set(3, batch(77))
         assert found.get(3)["obs"]["pose"].position.tolist() == batch(77)["obs"]["pose"].position.tolist()
 
-    def test_a_key_that_cannot_be_written_down(self, path):
-        with pytest.raises(ValueError, match="expected the keys of a dict to be strings, numbers .*, found b'x'"):
-            Storage({b"x": ONE}, 3).save(path)
+    @pytest.mark.parametrize("key", [b"x", float("inf"), ("x", float("nan"))])
+    def test_a_key_that_cannot_be_written_down(self, path, key):
+        found = re.escape(repr(key[1] if isinstance(key, tuple) else key))
+        with pytest.raises(ValueError, match=f"expected the keys of a dict to be strings, finite .*, found {found}"):
+            Storage({key: ONE}, 3).save(path)
+        assert not path.exists()
 
     def test_a_dtype_that_a_file_would_not_hold(self, path):
         bfloat16 = ArraySpec((), "bfloat16").dtype
@@ -463,7 +470,7 @@ class TestIncremental:
             assert_same(load(each, like=store).get(...), store.get(...))
 
     def test_many_leaves_in_many_layers_are_written_whole(self, path, monkeypatch):
-        monkeypatch.setattr(manifest, "LARGEST", 60_000)
+        monkeypatch.setattr(manifest, "MANIFEST_BYTES", 60_000)
         monkeypatch.setattr(writer, "_FILES", 300)
         store = Storage({f"leaf {number}": ONE for number in range(30)}, 200)
         for row in range(20):
@@ -614,6 +621,29 @@ class TestVersions:
             load(path, version=6)
         assert len({each.name[:6] for each in path.glob("*.npy")}) == 6  # the base and five layers of one row
 
+    def test_a_save_that_fails_forgets_none(self, path, monkeypatch):
+        store = filled()
+        for _ in range(3):
+            store.save(path, keep=2)
+        there, create = report(path)["older_versions"], files.create
+
+        def full(file):
+            if file.name == "manifest.json.new":
+                raise OSError(errno.ENOSPC, "no space")
+            return create(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "create", full)
+            with pytest.raises(OSError, match="no space"):
+                store.save(path, keep=2)
+        assert report(path)["older_versions"] == there == [2, 1]
+        for version in (3, 2, 1):
+            assert_same(load(path, version=version, like=SPEC).get(...), store.get(...))
+        with pytest.raises(SnapshotError, match="expected one of the versions 3, 2, 1, found 9"):
+            load(path, version=9)
+        store.save(path, keep=2)
+        assert report(path)["older_versions"] == [3, 2]
+
     def test_an_older_version_can_be_gone_on_from(self, path):
         store = filled()
         store.save(path)
@@ -700,6 +730,13 @@ class TestProgress:
         assert_same(load(path, like=store).get(...), store.get(...))
         assert ("loading" in capsys.readouterr().err) == installed
 
+    @pytest.mark.parametrize("stderr", [None, types.SimpleNamespace(write=print, flush=print)], ids=["none", "other"])
+    def test_a_program_without_a_terminal(self, path, monkeypatch, stderr):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        store = filled()
+        store.save(path)
+        assert_same(load(path, like=store).get(...), store.get(...))
+
 
 class TestSaving:
     def test_refuses_a_directory_that_holds_something_else(self, path):
@@ -733,9 +770,13 @@ class TestSaving:
 
     def test_refuses_a_state_that_is_no_json(self, path):
         for state in ({"x": np.zeros(3)}, {"x": float("nan")}):
-            with pytest.raises((TypeError, ValueError), match="JSON"):
+            with pytest.raises(ValueError, match="^expected a state that JSON can hold, found another: .* JSON"):
                 save_snapshot(path, {"items": filled()}, state=state)
-        assert [each.name for each in path.iterdir()] == [files.LOCK]
+        assert not path.exists()
+
+    def test_takes_a_name_that_no_file_can_have(self, path):
+        save_snapshot(path, {"é": filled()})
+        assert_same(Snapshot(path).storage("é", like=SPEC).get(...), batch(np.arange(CAPACITY)))
 
     def test_a_load_while_others_save(self, path):
         """Each load sees one version, whole, whatever goes on meanwhile."""

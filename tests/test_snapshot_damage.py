@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from anystore import ArraySpec, SnapshotError, Storage, load, storage
 from anystore.snapshot import Snapshot, files, npy, save_snapshot
-from anystore.snapshot.manifest import LARGEST
+from anystore.snapshot.manifest import MANIFEST_BYTES
 
 CAPACITY = 6
 
@@ -307,7 +307,7 @@ class TestForged:
             load(path)
 
     def test_a_huge_manifest(self, path):
-        os.truncate(path / "manifest.json", LARGEST + 1)
+        os.truncate(path / "manifest.json", MANIFEST_BYTES + 1)
         with pytest.raises(SnapshotError, match="expected a manifest of less than"):
             load(path)
 

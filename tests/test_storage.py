@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 
-from anystore import backends, moves, rows
+from anystore import ArraySpec, Storage, backends, moves, rows
+from anystore.convert import to_numpy
+from anystore.values import CASTINGS, can_cast
 from tests import stand_in
 from tests.contract import StorageContract
 from tests.on_backends import OnDisk
@@ -131,3 +136,43 @@ class TestCupyOnAStandIn(StorageContract):
     def wipe(self, store, nest):
         with stand_in.Device(1):
             super().wipe(store, nest)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "value"),
+    [
+        ("numpy", "bfloat16", 1j),
+        ("numpy", "bfloat16", np.complex64(1j)),
+        ("numpy", "float8_e5m2", np.full((), 1j)),
+        ("torch", "bfloat16", 1j),
+        ("jax", "bfloat16", np.complex64(1j)),
+        ("numpy", "int4", 1.5),
+        ("numpy", "int4", np.float32(1.5)),
+        ("jax", "int4", 1.5),
+        ("numpy", "uint4", np.int8(-1)),
+    ],
+)
+def test_extension_types_lose_no_kind(backend: str, dtype: str, value: Any) -> None:
+    """NumPy finds them to be of the same kind as any other."""
+    pytest.importorskip(backend)
+    pytest.importorskip("ml_dtypes")
+    store = Storage({"x": ArraySpec((), dtype)}, 3, backend=backend, device="cpu")
+    with pytest.raises(TypeError, match=f"^x: expected {dtype}, found .*, which casting='same_kind' refuses"):
+        store.set(0, {"x": value})
+    assert to_numpy(store.get(...)["x"]).astype(np.float32).tolist() == [0, 0, 0]
+
+
+def test_integers_past_64_bits_in_an_extension_type() -> None:
+    pytest.importorskip("ml_dtypes")
+    store = Storage({"x": ArraySpec((), "bfloat16")}, 3)
+    store.set(0, {"x": 2**64})
+    assert float(store.get(0)["x"]) == 2.0**64
+    with pytest.raises(OverflowError, match="^x: expected integers that fit bfloat16, found "):
+        store.set(0, {"x": 2**128})
+
+
+def test_casting_is_that_of_numpy_for_its_own_dtypes() -> None:
+    names = ("bool", "int8", "uint8", "int64", "uint64", "float16", "float64", "complex64", "complex128", "M8[s]", "S3")
+    for found, expected in itertools.product(map(np.dtype, names), repeat=2):
+        for casting in CASTINGS:
+            assert can_cast(found, expected, casting) == np.can_cast(found, expected, casting)

@@ -686,8 +686,9 @@ def test_a_checkpoint_leads_to_a_snapshot_and_back(backend: str, tmp_path: Path)
     assert contents(saved(tmp_path / "again", storage=back)) == contents(prefix)
 
 
-def test_a_restore_is_no_write_that_a_snapshot_misses(tmp_path: Path) -> None:
-    store = filled()
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_restore_is_no_write_that_a_snapshot_misses(backend: str, tmp_path: Path) -> None:
+    store = filled(backend=backend)
     prefix = saved(tmp_path / "checkpoint", storage=store)
     store.set(..., batch(77))
     store.storage.save(tmp_path / "snapshot")
@@ -861,3 +862,17 @@ def test_a_selection_follows_where_a_restore_makes_and_unmakes_leaves(tmp_path: 
     selection.set(1, 6.0)
     assert np.asarray(store.get(...)["a"]).tolist() == [7.0, 6.0, 5.0]
     assert np.asarray(store.get(...)["b"]).tolist() == [0, 0, 5]
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_selection_of_a_leaf_that_a_restore_unmakes_goes_on_with_it(tmp_path: Path, backend: str) -> None:
+    spec = {"a": ArraySpec((), "float32"), "b": ArraySpec((), "int32")}
+    empty = tf.train.Checkpoint(storage=NumpyStorage(spec, 3, backend=backend)).save(str(tmp_path / "empty"))
+    store = NumpyStorage(spec, 3, backend=backend)
+    store.set(..., {"a": 1.0, "b": 1})
+    selection = store.storage.select("a")
+    tf.train.Checkpoint(storage=store).restore(empty).expect_partial()
+    assert to_numpy(selection.get(...)).tolist() == [0.0, 0.0, 0.0]
+    selection.set(1, 6.0)
+    assert to_numpy(store.get(...)["a"]).tolist() == [0.0, 6.0, 0.0]
+    assert to_numpy(store.get(...)["b"]).tolist() == [0, 0, 0]

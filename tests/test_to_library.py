@@ -120,6 +120,18 @@ class TestToLibrary:
         assert to_library(array, "torch", copy=True).tolist() == [3, -2]
         assert array.dtype == to_library(tensor, "numpy").dtype
 
+    @pytest.mark.parametrize("copy", [False, None, True])
+    def test_extension_types_that_torch_lacks(self, copy):
+        pytest.importorskip("torch")
+        with pytest.raises(ValueError, match="^a: torch has no float8_e3m4; choose another dtype or another library"):
+            to_library({"a": aligned([1.5], "float8_e3m4")}, "torch", copy=copy)
+
+    def test_single_numbers_are_copied_on_demand_only(self):
+        torch = pytest.importorskip("torch")
+        with pytest.raises(ValueError, match="it is a single number of NumPy's, which has no memory to share; pass"):
+            to_library(np.float32(1.5), "torch")
+        assert to_library(np.float32(1.5), "torch", copy=None).equal(torch.tensor(1.5))
+
     def refuse(self, leaf: object, library: str, text: str) -> None:
         with pytest.raises(
             ValueError, match=f"^a/b: {library} cannot share the memory of this array: {text}; pass copy="

@@ -87,7 +87,7 @@ def select_backend(backend: Any = "numpy", device: Any = None) -> Backend:
         If `backend` is none of these.
     """
     if isinstance(backend, Backend):
-        if device is not None and _open(backend.name, device) != backend:
+        if device is not None and _open(backend.name, device).device != backend.device:
             raise ValueError(f"expected the device of the backend, {backend.device!r}, or none, found {device!r}")
         return backend
     if isinstance(backend, str):
@@ -118,11 +118,13 @@ def available_backends() -> list[BackendInfo]:
 def _info(name: str) -> BackendInfo:
     if importlib.util.find_spec(name) is None:
         return BackendInfo(name, False, f"not installed: {_KNOWN[name].install}", None, ())
+    version = None
     try:
         version = importlib.import_module(name).__version__
         devices = tuple(_class_of(name).devices())
     except Exception as error:
-        return BackendInfo(name, False, f"cannot be imported: {error}", None, ())
+        what = "cannot be imported" if version is None else "its devices cannot be listed"
+        return BackendInfo(name, False, f"{what}: {error}", version, ())
     reason = "" if devices else "no CUDA device can be used here"
     return BackendInfo(name, bool(devices), reason, version, devices)
 
@@ -144,10 +146,12 @@ def _name_of(namespace: ModuleType) -> str:
 def _device_of(array: Any, name: str) -> Any:
     if name == "numpy":
         return None
-    if name == "jax":
-        (device,) = array.devices()
-        return device
-    return array.device
+    if name != "jax":
+        return array.device
+    devices = array.devices()
+    if len(devices) > 1:
+        raise ValueError(f"expected an array on one device as the backend, found one on {len(devices)}; give device=")
+    return next(iter(devices))
 
 
 _shared: dict[tuple[str, str], Backend] = {}

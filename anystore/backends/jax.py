@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import operator
@@ -314,7 +315,7 @@ def _draw_integers(key: jax.Array, high: Any, count: int) -> tuple[jax.Array, ja
     following, own = _split(key)
     upper, lower = jax.random.bits(own, (2, count), np.uint32)
     whole, rest = _product(upper, high)
-    drawn: jax.Array = whole + (rest + _product(lower, high)[0] < rest)  # with what the lower half carries
+    drawn: jax.Array = whole + (rest + _product(lower, high)[0] < rest).astype(np.uint32)  # what the lower half carries
     return following, drawn.astype(jax.dtypes.canonicalize_dtype(np.int64))
 
 
@@ -374,7 +375,8 @@ def _existing() -> dict[str, jax.Device]:
     """Every device of every platform, the default one first."""
     found = list(jax.devices())
     if found[0].platform != "cpu":
-        found += jax.devices("cpu")
+        with contextlib.suppress(RuntimeError):  # where JAX_PLATFORMS leaves the CPU out
+            found += jax.devices("cpu")
     return {spell_device(device.platform, number): device for number, device in _numbered(found)}
 
 

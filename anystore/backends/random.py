@@ -92,7 +92,7 @@ class Random(ABC):
         return self._permutation(high)
 
     def state(self) -> dict[str, Any]:
-        """All that the draws to come depend on, in strings, integers and lists, as JSON takes them."""
+        """All that the draws to come depend on, in strings, integers, lists and dicts, as JSON takes them."""
         return {"kind": self.kind, **self._state()}
 
     def restore(self, state: dict[str, Any]) -> None:

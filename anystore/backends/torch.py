@@ -100,6 +100,7 @@ class TorchBackend(Backend):
     @torch.no_grad()
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
         own = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+        leaves = [leaf.resolve_conj().resolve_neg() for leaf in leaves]
         leaves = [leaf.clone() if leaf.untyped_storage().data_ptr() in own else leaf for leaf in leaves]
         if self.views(rows):
             for view, leaf in zip(_views(buffers, rows), leaves):
@@ -121,7 +122,7 @@ class TorchBackend(Backend):
             buffer.view(bits).index_copy_(0, index, leaf.contiguous().view(bits))
 
     def from_numpy(self, array: NDArray[Any]) -> torch.Tensor:
-        if any(stride < 0 for stride in array.strides) or not array.flags.writeable or not array.dtype.isnative:
+        if not (array.flags.carray and array.dtype.isnative):
             array = array.astype(array.dtype.newbyteorder("="), order="C")
         dtype = self.native_dtype(array.dtype)
         if is_extension(array.dtype):  # which torch.from_numpy does not know (pytorch #101781)
@@ -233,7 +234,9 @@ class TorchHostBackend(TorchBackend):
             tensor.copy_(leaf)
 
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
-        moves.scatter(_arrays(buffers), rows, [_as_array(leaf.resolve_conj().resolve_neg()) for leaf in leaves])
+        arrays = [_as_array(leaf.resolve_conj().resolve_neg()) for leaf in leaves]
+        written = moves.scatter(_arrays(buffers), rows, arrays)
+        assert written, "the leaves were checked against their specs"
 
     def scatter_as_is(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Any]) -> bool:
         arrays = []

@@ -18,7 +18,7 @@ from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, children, label, map_leaves
 from anystore.replay.buffer import ReplayBuffer, shape_of
 from anystore.specs import ArraySpec, as_dtype, kind_of, understand
-from anystore.values import Casting
+from anystore.values import Casting, can_cast
 
 Autoreset = Literal["next_step", "same_step", "disabled"]
 
@@ -191,7 +191,7 @@ class Recorder:
         found = self._nest.leaves
         for path, spec in zip(of_spaces.paths, of_spaces.specs):
             other = found.pop(path, None)
-            if other is None or other.shape != spec.shape or not np.can_cast(spec.dtype, other.dtype, self._casting):
+            if other is None or other.shape != spec.shape or not can_cast(spec.dtype, other.dtype, self._casting):
                 raise ValueError(
                     f"{label(path)}: expected {spec}, as the space of the environment has it, or a dtype that "
                     f"casting={self._casting!r} makes of it, found {other or 'no such leaf'}; {advice}"
@@ -445,7 +445,7 @@ def _cast(leaf: Any, dtype: np.dtype[Any], casting: Casting) -> Any:
     """What a storage makes of a NumPy leaf, where that is allowed: it takes leaves of its own dtypes at once."""
     if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype == dtype:
         return leaf
-    return leaf.astype(dtype) if np.can_cast(leaf.dtype, dtype, casting) else leaf
+    return leaf.astype(dtype) if can_cast(leaf.dtype, dtype, casting) else leaf
 
 
 def _rows(leaf: Any, lanes: NDArray[np.intp]) -> Array:

@@ -21,6 +21,7 @@ from anystore.snapshot.described import describe, rebuild
 from anystore.snapshot.manifest import MANIFEST
 from anystore.snapshot.npy import rows_at_a_time
 from anystore.snapshot.progress import Callback, Progress
+from anystore.snapshot.reader import backend_of, nest_of
 from anystore.storage import Storage
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def load_buffer(
         nest = Nest(rebuild(snapshot.state["data_spec"]))
     except _WRONG as error:
         raise SnapshotError(f"{where}: expected the state of a replay buffer, found another ({error!r})") from None
-    nest, backend = snapshot.like(nest, like, backend)
+    nest, backend = nest_of(like, nest, snapshot.path), backend_of(like, backend)
     sampler = state.new_sampler() if sampler is None else state.checked(sampler)
     capacity = state.capacity if capacity is None else capacity
     buffer = state.new_buffer(nest.data_spec, capacity, sampler, backend, device)

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import keyword
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ from anystore.nests import children
 from anystore.specs import ArraySpec, as_dtype, is_extension
 
 _DEEPEST = 64
-_LARGEST = 2**48
-"""No dimension and no item in bytes is larger."""
+MOST = 2**48
+"""No dimension, no number of rows, no item and no storage in bytes is larger."""
 
 
 def describe(node: Any) -> dict[str, Any]:
@@ -57,11 +58,11 @@ def _kind(node: Any) -> str:
 
 
 def _describe_key(key: Any) -> Any:
-    if key is None or type(key) in (str, int, bool, float):
+    if key is None or type(key) in (str, int, bool) or (type(key) is float and math.isfinite(key)):
         return key
     if type(key) is tuple:
         return [_describe_key(part) for part in key]
-    raise ValueError(f"expected the keys of a dict to be strings, numbers or tuples of them, found {key!r:.80}")
+    raise ValueError(f"expected the keys of a dict to be strings, finite numbers or tuples of them, found {key!r:.80}")
 
 
 def describe_dtype(dtype: np.dtype[Any]) -> Any:
@@ -156,13 +157,13 @@ def _leaf(described: Mapping[str, Any]) -> ArraySpec:
     if not isinstance(shape, list) or len(shape) > 60 or not (name is None or isinstance(name, str)):
         raise ValueError(f"expected a shape and a name, found {shape!r:.80} and {name!r:.80}")
     spec = ArraySpec(tuple(_length(length) for length in shape), read_dtype(described["dtype"]), name)
-    if spec.nbytes > _LARGEST:
-        raise ValueError(f"expected an item of less than {_LARGEST:,} bytes, found {spec}")
+    if spec.nbytes > MOST:
+        raise ValueError(f"expected an item of less than {MOST:,} bytes, found {spec}")
     return spec
 
 
 def _length(number: Any) -> int:
-    if type(number) is not int or not 0 <= number <= _LARGEST:
+    if type(number) is not int or not 0 <= number <= MOST:
         raise ValueError(f"expected a length, found {number!r:.80}")
     return number
 

@@ -79,15 +79,18 @@ def commit(path: Path, name: str) -> None:
     files.sync_directory(path)
 
 
-def keep_old(path: Path, old: Manifest | None, keep: int) -> None:
-    """Give the manifest that is about to be replaced a name of its own, and forget those beyond `keep`."""
-    # One who died here before has left the old one under both names.
-    kept = [version for version in kept_versions(path) if not keep or old is None or version != old.version]
-    for version in kept[max(keep - 1, 0) :]:
-        files.unlink(path / kept_name(version))
-    if old is not None and keep:
+def keep_old(path: Path, old: Manifest | None) -> None:
+    """Give the manifest that is about to be replaced a name of its own."""
+    if old is not None:
         stage(path, kept_name(old.version), old)
         commit(path, kept_name(old.version))
+
+
+def forget_old(path: Path, keep: int) -> None:
+    """Remove the manifests of older versions but the newest `keep`, now that there is a new version."""
+    for version in kept_versions(path)[keep:]:
+        with contextlib.suppress(OSError):  # the next save tries again
+            files.unlink(path / kept_name(version))
 
 
 def sweep(path: Path) -> None:
@@ -121,7 +124,7 @@ def next_version(path: Path) -> int:
 
 def file_name(version: int, parts: Sequence[str], taken: set[str]) -> str:
     """A name for a file, after the path of a leaf, that is safe on any file system and not among those `taken`."""
-    readable = re.sub(r"[^A-Za-z0-9_-]+", ".", "/".join(parts)).strip(".")[:100]
+    readable = re.sub(r"[^A-Za-z0-9_-]+", ".", "/".join(parts)).strip(".")[:100] or "leaf"
     name, number = readable, 1
     while name.lower() in taken:
         number += 1

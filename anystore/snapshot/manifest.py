@@ -16,7 +16,7 @@ import numpy as np
 
 from anystore.nests import Nest
 from anystore.snapshot import files
-from anystore.snapshot.described import describe_dtype, read_dtype, rebuild
+from anystore.snapshot.described import MOST, describe_dtype, read_dtype, rebuild
 from anystore.snapshot.files import SnapshotError
 from anystore.specs import ArraySpec
 from anystore.values import CASTINGS, Casting
@@ -26,10 +26,8 @@ FORMAT = "anystore snapshot"
 VERSION = 1
 """Of the format. It rises with any change that an older reader would misread."""
 KINDS = ("storage", "replay", "mapped")
-LARGEST = 1 << 24
-"""The bytes that a manifest may have."""
-_MOST = 2**48
-"""No number of rows is larger, and no storage in bytes."""
+MANIFEST_BYTES = 1 << 24
+"""So many a manifest may have."""
 _HEAD = b'{\n"crc32": "'
 _FILE = re.compile(r"[0-9]{6,15}\.[A-Za-z0-9._-]{1,200}\.npy")
 _KEPT = re.compile(r"manifest-([0-9]{6,15})\.json")
@@ -123,7 +121,7 @@ class StorageEntry:
             node, capacity=int, casting=str, spec=dict, rows=int, layers=list
         )
         entry = StorageEntry(capacity, casting, spec, rows)
-        if not 0 < capacity <= _MOST or capacity * max(entry.row_nbytes, 1) > _MOST or casting not in CASTINGS:
+        if not 0 < capacity <= MOST or capacity * max(entry.row_nbytes, 1) > MOST or casting not in CASTINGS:
             raise ValueError(f"expected a capacity and a casting, found {capacity!r:.80} and {casting!r:.80}")
         if not 0 <= rows <= capacity:
             raise ValueError(f"expected at most {capacity} rows, found {rows!r:.80}")
@@ -153,7 +151,7 @@ class ArrayEntry:
     def read(node: Any) -> ArrayEntry:
         """The array that parsed JSON describes."""
         file, shape, dtype = _fields(node, file=dict, shape=list, dtype=(str, list))
-        if len(shape) > 60 or not all(type(length) is int and 0 <= length <= _MOST for length in shape):
+        if len(shape) > 60 or not all(type(length) is int and 0 <= length <= MOST for length in shape):
             raise ValueError(f"expected a shape, found {shape!r:.80}")
         return ArrayEntry(File.read(file), tuple(shape), read_dtype(dtype))
 
@@ -262,8 +260,8 @@ def render(manifest: Manifest) -> bytes:
     content = {"format": FORMAT, "format_version": VERSION, **manifest.json()}
     text = json.dumps(content, indent=1, allow_nan=False).encode()
     rest = b'",\n' + text.removeprefix(b"{\n") + b"\n"
-    if len(rest) > LARGEST - 100:
-        raise ValueError(f"expected a manifest of less than {LARGEST:,} bytes, found {len(rest):,}")
+    if len(rest) > MANIFEST_BYTES - 100:
+        raise ValueError(f"expected a manifest of less than {MANIFEST_BYTES:,} bytes, found {len(rest):,}")
     return _HEAD + f"{zlib.crc32(_HEAD + rest):08x}".encode() + rest
 
 
@@ -314,8 +312,8 @@ def read_manifest(path: Path) -> Manifest:
         raise SnapshotError(f"{path}: there is no such file, so no snapshot") from None
     with open(fd, "rb") as file:
         nbytes = os.fstat(fd).st_size
-        if nbytes > LARGEST:
-            raise SnapshotError(f"{path}: expected a manifest of less than {LARGEST:,} bytes, found {nbytes:,}")
+        if nbytes > MANIFEST_BYTES:
+            raise SnapshotError(f"{path}: expected a manifest of less than {MANIFEST_BYTES:,} bytes, found {nbytes:,}")
         data = file.read(nbytes)
     try:
         return parse(data)
@@ -328,7 +326,8 @@ def kept_name(version: int) -> str:
     return f"manifest-{version:06}.json"
 
 
-def kept_versions(directory: Path) -> list[int]:
-    """The older versions that there are, newest first."""
+def kept_versions(directory: Path, newest: Manifest | None = None) -> list[int]:
+    """The older versions that there are, newest first; without `newest`, of which a failed save may leave a second."""
     matches = map(_KEPT.fullmatch, files.list_names(directory))
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
+    versions = {int(match[1]) for match in matches if match}
+    return sorted(versions - ({newest.version} if newest is not None else set()), reverse=True)

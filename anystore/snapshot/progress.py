@@ -31,7 +31,7 @@ class Progress:
         self._callback = callback
         self._done = 0
         self._bar: Any = None
-        self._due = time.monotonic() + _PATIENCE if callback is None and sys.stderr.isatty() else None
+        self._due = time.monotonic() + _PATIENCE if callback is None and _on_a_terminal() else None
 
     def __enter__(self) -> Progress:
         return self
@@ -50,6 +50,12 @@ class Progress:
         elif self._due is not None and time.monotonic() > self._due:
             self._due = None
             self._bar = _bar(self._what, self._done, self._total)
+
+
+def _on_a_terminal() -> bool:
+    """Whether the standard error is a terminal; a program may have nothing there, or something of its own."""
+    isatty = getattr(sys.stderr, "isatty", None)
+    return isatty is not None and bool(isatty())
 
 
 def _bar(what: str, done: int, total: int) -> Any:

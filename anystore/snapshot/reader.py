@@ -147,7 +147,7 @@ class Snapshot:
         newest = read_manifest(self.path / MANIFEST)
         if version is None or version == newest.version:
             return newest
-        kept = kept_versions(self.path)
+        kept = kept_versions(self.path, newest)
         if version not in kept:
             there = ", ".join(map(str, [newest.version, *kept]))
             raise SnapshotError(f"{self.path}: expected one of the versions {there}, found {version!r:.80}")
@@ -249,31 +249,13 @@ class Snapshot:
         from anystore.storage import Storage
 
         entry = self.entry(name)
-        nest, backend = self.like(entry.nest, like, backend)
+        options = {"backend": backend_of(like, backend), "device": device, "casting": entry.casting}
+        nest = nest_of(like, entry.nest, self.path)
         self.check()
-        capacity = entry.capacity if capacity is None else capacity
-        storage = Storage(nest.data_spec, capacity, backend=backend, device=device, casting=entry.casting)
+        storage = Storage(nest.data_spec, entry.capacity if capacity is None else capacity, **options)
         with Progress("loading", self.rows_nbytes(name), progress) as bar:
             self.fill(storage, name, bar=bar)
         return storage
-
-    def like(self, there: Nest, expected: Any, backend: Any) -> tuple[Nest, Any]:
-        """The nest that items come back in, and the backend, for the `like` and `backend` of `load`.
-
-        Raises
-        ------
-        SnapshotError
-            If the nest that is there has not the leaves that are expected.
-        """
-        if expected is None:
-            return there, "numpy" if backend is None else backend
-        from anystore.replay import ReplayBuffer
-        from anystore.storage import Storage
-
-        is_store = isinstance(expected, (Storage, ReplayBuffer))
-        if backend is None:
-            backend = expected.backend if is_store else "numpy"
-        return fitting(there, Nest(expected.data_spec if is_store else expected), self.path), backend
 
     def entry(self, name: str) -> StorageEntry:
         """What the manifest says of one of its storages.
@@ -347,8 +329,7 @@ class _Target:
     """A buffer of a storage that is being loaded."""
 
     def __init__(self, storage: Storage, path: str, moved: Moved | None) -> None:
-        position = storage._nest.paths.index(path)
-        self._buffers = [storage._buffers[position]]
+        self._buffers = [storage._buffers[storage._position(path)]]
         self._backend = storage._backend
         self._capacity = storage.capacity
         self._moved = moved
@@ -395,6 +376,33 @@ def _whole(file: NpyFile, threads: ThreadPoolExecutor) -> NDArray[Any]:
     for _ in file.pieces(threads, lambda rows: flat[rows.start : rows.stop]):
         pass
     return array
+
+
+def nest_of(like: Any, there: Nest, path: Path) -> Nest:
+    """The nest that items come back in, for the `like` of `load` and the nest that is there.
+
+    Raises
+    ------
+    SnapshotError
+        If the nest that is there has not the leaves that are expected.
+    """
+    if like is None:
+        return there
+    return fitting(there, Nest(like.data_spec if _is_store(like) else like), path)
+
+
+def backend_of(like: Any, backend: Any) -> Any:
+    """The backend, for the `like` and the `backend` of `load`."""
+    if backend is not None:
+        return backend
+    return like.backend if _is_store(like) else "numpy"
+
+
+def _is_store(like: Any) -> bool:
+    from anystore.replay import ReplayBuffer
+    from anystore.storage import Storage
+
+    return isinstance(like, (Storage, ReplayBuffer))
 
 
 def fitting(there: Nest, expected: Nest, path: Path) -> Nest:

@@ -39,7 +39,7 @@ def report(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]
         "format_version": manifest.format_version,
         "written_by": manifest.written_by,
         "version": manifest.version,
-        "older_versions": kept_versions(Path(path)),
+        "older_versions": kept_versions(Path(path), manifest),
         "storages": {name: _storage(entry) for name, entry in manifest.storages.items()},
         "arrays": arrays,
         "state": manifest.state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from anystore.snapshot.described import describe
 from anystore.snapshot.directory import (
     commit,
     file_name,
+    forget_old,
     keep_old,
     next_version,
     prepared,
@@ -80,18 +82,29 @@ def save_snapshot(
     """
     path = Path(path)
     keep = as_count("keep", keep, 0)
+    _check_state(state)
     entries = {name: storage_entry(storage) for name, storage in storages.items()}
     with prepared(path, kind) as old:
         manifest = Manifest(uuid.uuid4().hex, next_version(path), kind, {}, {}, dict(state or {}))
         plans = {name: _plan(name, storages[name], entry, old) for name, entry in entries.items()}
         with undone_on_error(path):
             manifest = _with_files(manifest, path, storages, plans, arrays or {}, progress)
-            keep_old(path, old, keep)
+            if keep:
+                keep_old(path, old)
             stage(path, MANIFEST, manifest)
         commit(path, MANIFEST)
+        forget_old(path, keep)
         for name, storage in storages.items():
             storage._track(Changes(manifest.id, name, storage.capacity))
         sweep(path)
+
+
+def _check_state(state: Mapping[str, Any] | None) -> None:
+    """Refuse a state that the manifest cannot hold, before a file is written for it."""
+    try:
+        json.dumps(state, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected a state that JSON can hold, found another: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -130,12 +143,10 @@ def storage_entry(storage: Storage) -> StorageEntry:
 
 def _plan(name: str, storage: Storage, entry: StorageEntry, old: Manifest | None) -> tuple[StorageEntry, _Rows]:
     """The layers that stay, and the rows that are to be written."""
-    changes = storage._changes
     there = None if old is None else old.storages.get(name)
-    known = changes is not None and old is not None and (changes.snapshot, changes.name) == (old.id, name)
-    lent = storage._lent.ever and storage._backend.has_views
-    if known and there is not None and not lent and there.spec == entry.spec:
-        rows = _Rows.of(changes.mask)  # type: ignore[union-attr]  # known says that there are changes
+    changes = None if old is None else storage._noted_since(old.id, name)
+    if changes is not None and there is not None and there.spec == entry.spec:
+        rows = _Rows.of(changes.mask)
         written = sum(layer.count for layer in there.layers[1:]) + rows.count
         most = min(_LAYERS, _FILES // (len(there.leaves) + 1))
         if written <= max(there.layers[0].count, 1) and len(there.layers) < most:
@@ -207,9 +218,7 @@ class _Draft:
             last = _last(rows.mask) + 1
             lists = (np.asarray(piece, np.int64) for piece in rows.pieces(ROWS))
             index = self._write([name, "rows"], (rows.count,), np.dtype(np.int64), lists, lambda _: None)
-        leaves = {
-            path: self._add_leaf([name, path], storage, storage._nest.paths.index(path), rows) for path in entry.leaves
-        }
+        leaves = {path: self._add_leaf([name, path], storage, storage._position(path), rows) for path in entry.leaves}
         layer = Layer(rows.count, rows.start, index, leaves)
         return replace(entry, rows=max(entry.rows, last), layers=(*entry.layers, layer))
 
