@@ -43,6 +43,8 @@ static PyObject *name_start, *name_step;
 #define MOST_IDLE_BLOCKS 64
 /* A block that was last given out so many bytes ago is in no cache any more. */
 #define BYTES_IN_CACHES (32 << 20)
+/* A write of so many bytes, to a buffer that no cache can hold, goes past the caches as well. */
+#define COLD_WRITE (1 << 17)
 
 typedef struct {
     void *memory;
@@ -230,7 +232,7 @@ typedef struct {
     npy_intp width;      /* the bytes of a row */
     npy_intp batch_step; /* the bytes from one row of the batch to the next: the width, or 0 for one item to all */
     PyObject *held;      /* what owns the memory of the batch, if nobody else does */
-    int is_cold;         /* whether the memory of the batch is in no cache */
+    int is_cold;         /* whether the memory that is written to is in no cache */
     _Alignas(16) char number[32]; /* the memory of a batch that is a single number, as NumPy expects it */
 } Move;
 
@@ -303,6 +305,18 @@ static inline void move_each(const Move *move, const Rows *rows, npy_intp from, 
     }
 }
 
+/* So many rows from `row` of the buffer on, and from `place` of the batch on. */
+static inline void move_run(const Task *task, const Move *move, npy_intp row, npy_intp place, npy_intp count)
+{
+    char *buffer = move->buffer + row * move->width, *batch = move->batch + place * move->batch_step;
+    char *to = task->reading ? batch : buffer;
+    const char *from = task->reading ? buffer : batch;
+    if (move->is_cold)
+        copy_past_caches(to, from, (size_t)(count * move->width));
+    else
+        memcpy(to, from, (size_t)(count * move->width));
+}
+
 static void move_some(const Task *task, npy_intp from, npy_intp to)
 {
     const Rows *rows = task->rows;
@@ -312,12 +326,10 @@ static void move_some(const Task *task, npy_intp from, npy_intp to)
         if (move->width == 0 || count == 0)
             continue;
         if (rows->index == NULL && (rows->step == 1 || count == 1) && move->batch_step == move->width) {
-            char *row = move->buffer + row_at(rows, from) * move->width, *other = move->batch + from * move->width;
-            memcpy(task->reading ? other : row, task->reading ? row : other, (size_t)(count * move->width));
+            move_run(task, move, row_at(rows, from), from, count);
         } else if (move->is_cold && move->width >= WIDE_ROW) {
             for (npy_intp j = from; j < to; j++)
-                copy_past_caches(move->batch + j * move->width, move->buffer + row_at(rows, j) * move->width,
-                                 (size_t)move->width);
+                move_run(task, move, row_at(rows, j), j, 1);
         } else if (task->reading) {
             move_each(move, rows, from, to, 1);
         } else {
@@ -655,6 +667,7 @@ static int read_array(PyArrayObject *array, PyObject *buffers, Py_ssize_t i, con
         array = (PyArrayObject *)move->held;
     }
     move->batch = PyArray_BYTES(array);
+    move->is_cold = PyArray_NBYTES(buffer) > BYTES_IN_CACHES && move->width * rows->count >= COLD_WRITE;
     return 1;
 }
 

@@ -314,6 +314,22 @@ class TestLargeBatches:
         for some, found in alive:
             np.testing.assert_array_equal(found, stored[some, 1:])
 
+    @pytest.mark.parametrize("width", [100, 1024, 4099, 28224])
+    def test_large_writes_to_more_than_a_cache_holds(self, width):
+        """Which go past the caches."""
+        rng, capacity = np.random.default_rng(width), (34 << 20) // width
+        memory = np.zeros(capacity * width + 1, np.uint8)
+        stored = memory[1:].reshape(capacity, width)  # at an odd address
+        expected, count = stored.copy(), (1 << 19) // width
+        some = rng.integers(0, capacity, count)
+        for rows in (range(7, 7 + count), range(2 * count, 0, -2), some, some // (capacity // 5), range(3, 3 + count)):
+            values = rng.integers(0, 256, (count, width), np.uint8)
+            for value in (values, values[0]):
+                assert moves.scatter([stored], rows, [value])
+                expected[np.asarray(rows)] = value
+                np.testing.assert_array_equal(stored, expected)
+        assert memory[0] == 0
+
     def test_two_readers_wait_for_nobody_else_s_helpers(self):
         stored = np.zeros((64, 1_500_000), np.uint8)
         barrier = threading.Barrier(2)
