@@ -349,13 +349,34 @@ class TestJax:
         store.set(0, store.get(1)) if len(paths) == 2 else None
         assert len(copies) == len(paths)
 
-    def test_a_read_within_jit_is_refused(self, store):
+    @pytest.mark.parametrize("index", [1, slice(0, 2), [2, 1, 1]], ids=str)
+    def test_a_read_leaves_the_memory_to_the_next_write(self, store, index):
+        def addresses():
+            return [cell.array.unsafe_buffer_pointer() for cell in store._buffers]
+
+        before, found = addresses(), store.get(index)
+        store.set(..., {"a": np.zeros((4, 2), np.float32), "b": np.zeros(4, np.int32)})
+        assert addresses() == before
+        assert found["a"].tolist() == np.ones(found["a"].shape).tolist()
+
+    def test_rows_are_those_of_the_arrays_that_are_there(self, store):
+        """Also where the memory is another one: after a write that had to copy it, and in another size."""
+        for number in range(3):
+            array = np.asarray(store.buffers["a"])
+            store.set([number], {"a": [[7.0, number]], "b": [number + 7]})
+            assert store.get([number, 3])["a"].tolist() == [[7, number], [1, 1]]
+            assert array[number].tolist() == [1, 1]
+            store.resize(4 + number)
+            assert store.get([number, 3])["b"].tolist() == [number + 7, 3]
+
+    @pytest.mark.parametrize("index", [0, slice(0, 2), [0, 1]], ids=str)
+    def test_a_read_within_jit_is_refused(self, store, index):
         """It would be that of the time of the trace for ever."""
         import jax
 
         @jax.jit
         def read(x):
-            return x * store.get(0)["a"].sum()
+            return x * store.get(index)["a"].sum()
 
         with pytest.raises(TypeError, match="cannot be read within jax.jit.*; hand over what is read as an argument"):
             read(1.0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anystore import backends, select_backend
-from anystore.backends.random import BookkeepingRandom, Random
+from anystore.backends.random import Random
 from anystore.convert import library_of, to_numpy
 from tests import stand_in
 
@@ -245,13 +245,11 @@ class TestJax(RandomContract):
         narrow = draws(self.make())
         jax.config.update("jax_enable_x64", True)
         try:
-            random, books = self.make(), BookkeepingRandom(select_backend(self.backend, self.device), 0)
+            random = self.make()
             self.check(random.integers(3, 4), "int64", (4,))
             self.check(random.uniform(3), "float64", (3,))
             self.check(random.permutation(3), "int64", (3,))
             assert to_numpy(random.integers(2**40, 100)).max() >= 2**32
-            for drawn in (books.integers(3, 4), books.uniform(3), books.permutation(3)):
-                assert drawn.flags.writeable
         finally:
             jax.config.update("jax_enable_x64", False)
         assert draws(self.make()) == narrow
@@ -260,6 +258,62 @@ class TestJax(RandomContract):
 @pytest.mark.gpu
 class TestJaxCuda(TestJax):
     backend, device = "jax", "cuda:0"
+
+
+class InBlocks(RandomContract):
+    """What a buffer in main memory draws with, in NumPy."""
+
+    def make(self, seed=0):
+        return select_backend(self.backend, self.device).bookkeeping_random(seed)
+
+    def check(self, array, dtype, shape):
+        assert type(array) is np.ndarray
+        assert array.flags.writeable
+        assert (array.shape, array.dtype) == (shape, dtype)
+
+    @pytest.mark.parametrize("used", [-1, 1 << 20, 1.0, "3", True, None])
+    def test_a_number_of_draws_that_is_none(self, used):
+        random = self.make()
+        with pytest.raises(ValueError, match="^this is no state of a generator of "):
+            random.restore({**random.state(), "used": used})
+        assert draws(random) == draws(self.make())
+
+    def test_more_than_a_block(self):
+        random, other = self.make(), self.make()
+        state = other.state()
+        drawn = np.concatenate([other.uniform(count) for count in (1, 20_000, 16_383, 3)])
+        assert random.uniform(36_387).tolist() == drawn.tolist()
+        other.restore(state)
+        assert other.integers(2**40, 40_000).max() >= 2**39
+
+    def test_draws_with_all_bits_of_a_float(self):
+        assert len(np.unique(self.make().uniform(40_000))) == 40_000
+
+
+class TestTorchInBlocks(InBlocks):
+    backend, device = "torch", "cpu"
+
+
+class TestJaxInBlocks(InBlocks):
+    backend, device = "jax", "cpu"
+
+
+class TestDisk(TestNumpy):
+    """Which draws as in memory, in NumPy at once."""
+
+    @pytest.fixture(autouse=True)
+    def _on_a_disk(self, tmp_path):
+        self.device = f"disk:{tmp_path}"
+
+    def make(self, seed=0):
+        return select_backend(self.backend, self.device).bookkeeping_random(seed)
+
+    def check(self, array, dtype, shape):
+        assert type(array) is np.ndarray
+        assert (array.shape, array.dtype) == (shape, dtype)
+
+    def test_draws_as_in_memory(self):
+        assert draws(self.make()) == draws(select_backend("numpy").random(0))
 
 
 class TestStrict(RandomContract):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anystore.backends.random import HostRandom, Random
+from anystore.backends.random import BookkeepingRandom, HostRandom, Random
 from anystore.convert import library_of, to_numpy
 from anystore.rows import Rows
 
@@ -230,6 +230,11 @@ class Backend(ABC):
         from anystore.backends import select_backend
 
         return select_backend("numpy")
+
+    def bookkeeping_random(self, seed: int | None = None) -> Random:
+        """A generator of this library's, as `random` gives one, of arrays of `bookkeeping`."""
+        books = self.bookkeeping
+        return self.random(seed) if books.library == self.library else BookkeepingRandom(self, seed)
 
     def to_bookkeeping(self, array: Array) -> Array:
         """An array of this library as one of `bookkeeping`; it may share its memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import itertools
 import operator
@@ -17,11 +18,16 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+from anystore import moves
 from anystore.backends.base import Array, Backend, host_memory, no_dtype, parse_device, resolve_device, spell_device
 from anystore.backends.random import Random, seed_sequence
 from anystore.convert import library_of, to_numpy
 from anystore.moves import last_writes, leading_shape
 from anystore.rows import Rows
+from anystore.specs import is_extension
+
+_SMALL = 1 << 18
+"""Batches of so many bytes and less are read from main memory by the compiled moves."""
 
 
 class _Held:
@@ -59,12 +65,28 @@ class _Cells(list[_Cell]):
         held, places = cells[0].held, [(cell.held, cell.position) for cell in cells]
         self.whole = held if places == [(held, position) for position in range(len(held.arrays))] else None
         """The arrays that these are all the places of; None for a part of them."""
-        self.classes = [type(cell.array) for cell in cells]
+        arrays = self.arrays()
+        self.classes = [type(array) for array in arrays]
+        self.row_nbytes = sum(array.nbytes // len(array) for array in arrays)
+        self.is_plain = not any(is_extension(array.dtype) for array in arrays)
+        """Whether NumPy has the same bytes for these dtypes; XLA may have packed those of ml_dtypes."""
+        self._found: tuple[list[int], list[NDArray[Any]]] = [], []
         self.taken: Any = None
         """What was last seen to fit: the leading shape and the avals of the leaves."""
 
     def arrays(self) -> list[jax.Array]:
         return [cell.array for cell in self] if self.whole is None else self.whole.arrays
+
+    def in_memory(self) -> list[NDArray[Any]]:
+        """NumPy arrays on the memory of these, which is main memory: for reading, as long as nothing is written.
+
+        They hold on to nothing. To XLA the memory were shared otherwise, and the next write would copy all of it.
+        """
+        arrays = self.arrays()
+        addresses = [array.block_until_ready().unsafe_buffer_pointer() for array in arrays]
+        if addresses != self._found[0]:
+            self._found = addresses, list(map(_on_memory, addresses, arrays))
+        return self._found[1]
 
     def lent(self) -> bool:
         return any(cell.lent for cell in self) if self.whole is None else self.whole.lent
@@ -100,7 +122,7 @@ class JaxBackend(Backend):
     right results.
 
     Every function is compiled once per shape of the rows: batches of one size are fast, batches of ever new sizes are
-    not.
+    not. Rows travel as NumPy arrays, which ``jax.transfer_guard("disallow")`` refuses.
     """
 
     name = library = "jax"
@@ -116,7 +138,7 @@ class JaxBackend(Backend):
         self.device = devices[0] if device is None else resolve_device(str(device), devices, "JAX")
         self._device = _existing()[self.device]
         self._is_alone = len(devices) == 1
-        self._handed_out = jax.jit(jnp.copy, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
+        self._handed_out = jax.jit(_copied, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
 
     @property
     def xp(self) -> ModuleType:
@@ -161,14 +183,22 @@ class JaxBackend(Backend):
         return _Cells(buffers)
 
     def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
-        arrays = self.together(buffers).arrays()
-        if isinstance(rows, range) and rows.step == 1:
-            read: list[Array] = _read_slice(arrays, rows.start, len(rows))
+        cells = self.together(buffers)
+        read: list[Array]
+        if type(rows) is np.ndarray and rows.size * cells.row_nbytes <= _SMALL and self._shares_memory(cells):
+            # XLA takes its time for each row, so that a batch of many small ones is copied from NumPy's in less.
+            read = self._handed_out(moves.gather(cells.in_memory(), rows))
+        elif isinstance(rows, range) and rows.step == 1:
+            read = _read_slice(cells.arrays(), rows.start, len(rows))
         else:
-            read = _read_rows(arrays, np.array(rows, np.intp))
+            read = _read_rows(cells.arrays(), np.array(rows, np.intp))
         if isinstance(read[0], jax.core.Tracer):
             raise _traced("read")
         return read
+
+    def _shares_memory(self, cells: _Cells) -> bool:
+        """Whether NumPy can read what the arrays have in their memory."""
+        return self.books_elsewhere and cells.is_plain
 
     def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
         raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
@@ -220,7 +250,7 @@ class JaxBackend(Backend):
 
     def from_bookkeeping(self, array: Array) -> Array:
         # A compiled copy takes a small part of the time of device_put, and batches are of few shapes.
-        return self._handed_out(np.array(array)) if self.books_elsewhere else array
+        return self._handed_out([np.array(array)])[0] if self.books_elsewhere else array
 
     def bring(self, value: Any, dtype: np.dtype[Any]) -> Any:
         if isinstance(value, jax.core.Tracer):
@@ -287,6 +317,9 @@ class JaxRandom(Random):
     def _uniform(self, count: int) -> jax.Array:
         return self._go_on(_draw_uniform(self._key, count))
 
+    def _bits(self, count: int) -> jax.Array:
+        return self._go_on(_draw_bits(self._key, count))
+
     def _permutation(self, high: int) -> jax.Array:
         return self._go_on(_draw_permutation(self._key, high))
 
@@ -340,6 +373,12 @@ def _draw_uniform(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
+def _draw_bits(key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    following, own = _split(key)
+    return following, jax.random.bits(own, (count,), np.uint32) >> np.uint32(1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
 def _draw_permutation(key: jax.Array, high: int) -> tuple[jax.Array, jax.Array]:
     following, own = _split(key)
     return following, jax.random.permutation(own, jnp.arange(high))
@@ -388,6 +427,15 @@ def _numbered(devices: Sequence[jax.Device]) -> list[tuple[int, jax.Device]]:
         counts[device.platform] = number + 1
         numbered.append((number, device))
     return numbered
+
+
+def _on_memory(address: int, array: jax.Array) -> NDArray[Any]:
+    memory: Any = (ctypes.c_char * array.nbytes).from_address(address)
+    return np.ndarray(array.shape, array.dtype, memory)
+
+
+def _copied(arrays: list[Any]) -> list[jax.Array]:
+    return [jnp.copy(array) for array in arrays]
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _SCALED = 2**32
 """Up to so many, integers are scaled floats: their probabilities then differ by less than one part in two million."""
+_BLOCK = 1 << 14
+"""The draws for which bits are drawn at once."""
 
 
 class Random(ABC):
@@ -117,6 +119,10 @@ class Random(ABC):
     @abstractmethod
     def _uniform(self, count: int) -> Array: ...
 
+    def _bits(self, count: int) -> Array:
+        """`count` integers of 31 random bits."""
+        return self._integers(2**31, count)
+
     @abstractmethod
     def _permutation(self, high: int) -> Array: ...
 
@@ -192,6 +198,8 @@ class NumpyRandom(Random):
 class BookkeepingRandom(Random):
     """Draws of a backend's own generator, for its `bookkeeping` in NumPy.
 
+    Its bits are drawn in large blocks: some libraries take longer for a call than for all that a sample needs.
+
     Parameters
     ----------
     backend : Backend
@@ -203,26 +211,49 @@ class BookkeepingRandom(Random):
     def __init__(self, backend: Backend, seed: int | None) -> None:
         self._backend = backend
         self._random = backend.random(seed)
-        self.kind = self._random.kind
+        self.kind = f"{self._random.kind}, in blocks"
+        self._before = self._random.state()
+        self._block = np.empty(0, np.int64)
+        self._used = 0
 
-    def _integers(self, high: int, count: int) -> Array:
-        return self._taken(self._random._integers(high, count), np.int64)
+    def _drawn(self, count: int) -> NDArray[np.int64]:
+        """`count` integers of 62 random bits."""
+        parts = []
+        while count > len(self._block) - self._used:
+            parts.append(self._block[self._used :])
+            count -= len(parts[-1])
+            self._before = self._random.state()
+            self._block, self._used = self._next_block(self._random), 0
+        parts.append(self._block[self._used : self._used + count])
+        self._used += count
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _uniform(self, count: int) -> Array:
-        return self._taken(self._random._uniform(count), np.float64)
+    def _next_block(self, random: Random) -> NDArray[np.int64]:
+        halves = np.asarray(self._backend.to_bookkeeping(random._bits(2 * _BLOCK)), np.int64)
+        return halves[:_BLOCK] << 31 | halves[_BLOCK:]
 
-    def _permutation(self, high: int) -> Array:
-        return self._taken(self._random._permutation(high), np.int64)
+    def _integers(self, high: int, count: int) -> NDArray[np.int64]:
+        if high > _SCALED:
+            return self._drawn(count) % high
+        return (self._uniform(count) * high).astype(np.int64)
 
-    def _taken(self, drawn: Array, dtype: Any) -> Array:
-        # A copy, since an array of JAX is one that cannot be written to.
-        return np.array(self._backend.to_bookkeeping(drawn), dtype)
+    def _uniform(self, count: int) -> NDArray[np.floating[Any]]:
+        return (self._drawn(count) >> 9) * 2.0**-53
+
+    def _permutation(self, high: int) -> NDArray[np.int64]:
+        return np.argsort(self._drawn(high))
 
     def _state(self) -> dict[str, Any]:
-        return self._random._state()
+        return {"before": self._before, "used": self._used}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._random._restore(state)
+        before, used = state["before"], state["used"]
+        if type(used) is not int or not 0 <= used <= _BLOCK:
+            raise ValueError(f"{used!r:.80} of {_BLOCK} bits are used")
+        random = self._backend.random(0)
+        random.restore(before)
+        block = self._next_block(random) if used else np.empty(0, np.int64)
+        self._random, self._before, self._block, self._used = random, before, block, used
 
 
 class HostRandom(Random):

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
-from anystore.backends.random import BookkeepingRandom
 from anystore.convert import is_array, to_numpy
 from anystore.nests import Nest, label
 from anystore.plan import as_count
@@ -171,8 +170,7 @@ class ReplayBuffer:
         }
         self._layout = self._laid_out(shared, stacks, casting)
         self._windows = Windows(self._layout, self._ring, self._lanes, self._books)
-        elsewhere = self._backend.books_elsewhere
-        self._random = BookkeepingRandom(self._backend, seed) if elsewhere else self._backend.random(seed)
+        self._random = self._backend.bookkeeping_random(seed)
         self._sampler = self._opened(Uniform() if sampler is None else sampler)
         self._draws = Draws(self._sampler, self._random, self._books)
         self._sampled = 0
