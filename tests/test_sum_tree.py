@@ -102,8 +102,8 @@ class SumTreeContract:
     def test_all_zeros_at_first(self, capacity: int) -> None:
         tree = self.make(capacity)
         assert tree.depth == max(1, math.ceil(math.log(capacity, WIDTH) - 1e-9))
-        assert to_numpy(tree.values).dtype == self.floating
-        assert len(to_numpy(tree.values)) == -(-capacity // WIDTH) * WIDTH
+        assert levels_of(tree)[0].dtype == self.floating
+        assert len(levels_of(tree)[0]) == -(-capacity // WIDTH) * WIDTH
         assert not any(level.any() for level in levels_of(tree))
         with tree._backend.stream():
             assert tree.total() == 0
@@ -117,7 +117,7 @@ class SumTreeContract:
             self.set(tree, rows, values)
             for row, value in zip(rows, values, strict=True):
                 model[row] = value
-            assert to_numpy(tree.values)[:capacity].tolist() == model.tolist()
+            assert levels_of(tree)[0][:capacity].tolist() == model.tolist()
             assert_adds_up(tree)
         with tree._backend.stream():
             assert tree.total() == model.sum()
@@ -126,7 +126,7 @@ class SumTreeContract:
     def test_of_several_values_for_a_row_the_last_stays(self) -> None:
         tree = self.make(40)
         self.set(tree, [3, 20, 3, 20, 3, 39], [1, 2, 3, 4, 5, 6])
-        assert to_numpy(tree.values)[[3, 20, 39]].tolist() == [5, 4, 6]
+        assert levels_of(tree)[0][[3, 20, 39]].tolist() == [5, 4, 6]
         assert_adds_up(tree)
 
     @pytest.mark.parametrize("capacity", [1, 16, 300])
@@ -141,7 +141,7 @@ class SumTreeContract:
             with tree._backend.stream():
                 tree.set_run(run, value)
             model[run.start : run.stop] = value
-            assert to_numpy(tree.values)[:capacity].tolist() == model.tolist()
+            assert levels_of(tree)[0][:capacity].tolist() == model.tolist()
             assert_adds_up(tree)
 
     def test_no_rounding_error_stays(self) -> None:

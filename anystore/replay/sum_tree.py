@@ -52,11 +52,6 @@ class SumTree:
         """How many levels there are, each of which takes a draw of its own."""
         return len(self._levels)
 
-    @property
-    def values(self) -> Array:
-        """The live values of the rows, and zeros after them up to a multiple of `WIDTH`."""
-        return self._backend.array(self._levels[0])
-
     def total(self) -> float:
         """The sum of all values; on a device, this waits for it."""
         return float(self._backend.xp.sum(self._backend.array(self._levels[-1])))
