@@ -191,7 +191,7 @@ def bench_beside(session: nox.Session, peer: str) -> None:
     session.run("python", "-W", "ignore", "-m", "benchmarks.measure", peer, "--output", output, *session.posargs)
 
 
-REPLAY = ["anystore", "cpprb", "torchrl", "stable_baselines3", "tianshou", "tf_agents"]
+REPLAY = ["anystore", "cpprb", "torchrl", "flashbax", "stable_baselines3", "tianshou", "tf_agents"]
 SNAPSHOTS = {"numpy": [], "torchrl": PEERS["torchrl"], "tensorflow": TF_AGENTS}
 
 

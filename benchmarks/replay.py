@@ -27,18 +27,18 @@ import numpy as np
 from benchmarks import measure as measuring
 from benchmarks.measure import Figures, machine, versions
 from benchmarks.replay_memory import CAPACITY, ENVIRONMENTS, EPISODE, KINDS, WRITTEN
-from benchmarks.replay_subjects import BESIDE, IN_LANES, PRIORITISED, Anystore, Replay
+from benchmarks.replay_subjects import BATCH, BESIDE, IN_LANES, PRIORITISED, Anystore, Replay
 from benchmarks.subjects import first
 from benchmarks.workloads import CARTPOLE, WORKLOADS, Workload
 
 RESULTS = Path(__file__).parent / "results"
-BATCH, LANES, STEPS = 256, 64, 8
+LANES, STEPS = 64, 8
 THREE = f"add 1, sample and update {BATCH}"
 ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
 WARM_UP = 4000
 """Updates of 256 before anything prioritised is timed, so that the priorities of most rows differ."""
 WINDOWS = {"cross": "go on past an episode's end", "pad": "padded at an episode's end", "whole": "within an episode"}
-OURS = {"anystore", "anystore on torch"}
+OURS = {"anystore", "anystore on torch", "anystore on JAX"}
 ABOUT = """\
 Time of a call as a multiple of that of `anystore.replay` on NumPy in the same process, taken in turn; above 1 it takes
 longer. Medians; in brackets the time itself."""
@@ -46,9 +46,11 @@ NOTES = """\
 Each library is used as it is meant to be, so not all do the same work. Stable-Baselines3 returns torch tensors, keeps a
 second copy of the observations of cartpole and robot, and of atari one copy by `optimize_memory_usage`; its step of 64
 environments is an `add` with `n_envs=64`. Tianshou keeps more flags, and finds what follows an observation of robot and
-atari by `ignore_obs_next`; its step is an `add` to a `VectorReplayBuffer`. cpprb and TorchRL hold the same leaves as
-anystore. Only anystore checks what it is given, and changes nothing if it refuses it. anystore and torch gather samples
-of megabytes on several threads, the others on one."""
+atari by `ignore_obs_next`; its step is an `add` to a `VectorReplayBuffer`. cpprb, TorchRL and flashbax hold the same
+leaves as anystore. flashbax is an item buffer, for the step a trajectory buffer with `add_batch_size=64`, each of its
+functions compiled and its state given away; here JAX finishes a call before the next. Only anystore checks what it is
+given, and changes nothing if it refuses it. anystore and torch gather samples of megabytes on several threads, the
+others on one."""
 SIZES = """\
 One call of anystore on cartpole, all buffers in memory at once. Rows drawn at random from a larger buffer are found in
 the processor's caches less often, whoever draws them: the last line is the same by hand."""

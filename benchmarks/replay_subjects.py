@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.subjects import narrowed, ready, without_64_bits
 from benchmarks.workloads import Batch, Workload
 
 ALPHA, BETA = 0.6, 0.4
+BATCH = 256
 TIANSHOU_PART = 1000
 
 
@@ -82,6 +84,27 @@ class AnystoreTorch(Anystore):
         import torch
 
         return torch.from_numpy(priorities)
+
+
+class AnystoreJax(Anystore):
+    name, backend = "anystore on JAX", "jax"
+
+    def __init__(self, workload: Workload, prioritised: bool = False, lanes: int = 1) -> None:
+        super().__init__(without_64_bits(workload), prioritised, lanes)
+        self.sample = self._sample
+
+    def prepare(self, batch: Batch) -> Any:
+        import jax.numpy as jnp
+
+        return {key: jnp.asarray(leaf) for key, leaf in narrowed(batch).items()}
+
+    def prepare_priorities(self, priorities: Any) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.asarray(priorities)
+
+    def _sample(self, count: int) -> Any:
+        return ready(self.buffer.sample(count))
 
 
 class StableBaselines3(Replay):
@@ -241,6 +264,53 @@ class TorchRLTensorDict(TorchRL):
         self.buffer.update_priority(sample["index"], priorities)
 
 
+class Flashbax(Replay):
+    """Each function compiled, with the state given away to those that change it."""
+
+    name = "flashbax"
+
+    def __init__(self, workload: Workload, prioritised: bool = False, lanes: int = 1) -> None:
+        import flashbax
+        import jax
+
+        workload, sizes = without_64_bits(workload), (workload.capacity, BATCH, BATCH)
+        if prioritised:
+            buffer: Any = flashbax.make_prioritised_item_buffer(*sizes, add_batches=True, priority_exponent=ALPHA)
+            self._set_priorities = jax.jit(buffer.set_priorities, donate_argnums=0)
+            self.update = self._update
+        elif lanes > 1:
+            rows = workload.capacity // lanes
+            options = {"sample_sequence_length": 1, "period": 1, "min_length_time_axis": 1}
+            buffer = flashbax.make_trajectory_buffer(lanes, BATCH, max_length_time_axis=rows, **options)
+        else:
+            buffer = flashbax.make_item_buffer(*sizes, add_batches=True)
+        self.state = buffer.init({key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in workload.spec.items()})
+        self.in_lanes = lanes > 1
+        self._add, self._draw = jax.jit(buffer.add, donate_argnums=0), jax.jit(buffer.sample)
+        self._split = jax.jit(jax.random.split)
+        self._key = jax.random.key(0)
+        self.extend = self.add
+
+    def prepare(self, batch: Batch) -> Any:
+        import jax.numpy as jnp
+
+        single = np.ndim(batch["reward"]) == 0
+        batch = {key: jnp.asarray(leaf[None] if single else leaf) for key, leaf in narrowed(batch).items()}
+        return {key: leaf[:, None] for key, leaf in batch.items()} if self.in_lanes else batch
+
+    prepare_priorities = AnystoreJax.prepare_priorities
+
+    def add(self, items: Any) -> None:
+        self.state = self._add(self.state, items)
+
+    def sample(self, count: int) -> Any:
+        self._key, own = self._split(self._key)
+        return ready(self._draw(self.state, own))
+
+    def _update(self, sample: Any, priorities: Any) -> None:
+        self.state = self._set_priorities(self.state, sample.indices, priorities)
+
+
 def observations(batch: Batch) -> tuple[Any, Any]:
     """The observation and what follows it, for peers that know these two only."""
     obs = batch["obs"] if "obs" in batch else {"image": batch["image"], "proprio": batch["proprio"]}
@@ -252,8 +322,9 @@ BESIDE: dict[str, list[type[Replay]]] = {
     "tianshou": [Anystore, Tianshou],
     "cpprb": [Anystore, Cpprb],
     "torchrl": [Anystore, AnystoreTorch, TorchRL, TorchRLTensorDict],
+    "flashbax": [Anystore, AnystoreJax, Flashbax],
 }
 """What is measured in the environment of each peer."""
-PRIORITISED = (Anystore, AnystoreTorch, Tianshou, Cpprb, TorchRL, TorchRLTensorDict)
-IN_LANES = (Anystore, AnystoreTorch, StableBaselines3, Tianshou)
+PRIORITISED = (Anystore, AnystoreTorch, AnystoreJax, Tianshou, Cpprb, TorchRL, TorchRLTensorDict, Flashbax)
+IN_LANES = (Anystore, AnystoreTorch, AnystoreJax, StableBaselines3, Tianshou, Flashbax)
 """Those that know which environment an item is of."""
