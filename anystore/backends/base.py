@@ -200,6 +200,10 @@ class Backend(ABC):
         """Whether each integer of a flat array is at least 0 and below `length`; on a device, this waits for it."""
         return bool(self.xp.all((array >= 0) & (array < length)))
 
+    def bounds(self, array: Array) -> tuple[float, float]:
+        """The least and the greatest of the floats in an array, NaN if one is; on a device, this waits for it."""
+        return float(self.xp.min(array)), float(self.xp.max(array))
+
     def count(self, mask: Array) -> int:
         """How many of a mask are set; on a device, this waits for it."""
         return int(self.xp.count_nonzero(mask))

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -67,7 +68,7 @@ class _Cells(list[_Cell]):
         """The arrays that these are all the places of; None for a part of them."""
         arrays = self.arrays()
         self.classes = [type(array) for array in arrays]
-        self.row_nbytes = sum(array.nbytes // len(array) for array in arrays)
+        self.row_nbytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays)
         self.is_plain = not any(is_extension(array.dtype) for array in arrays)
         """Whether NumPy has the same bytes for these dtypes; XLA may have packed those of ml_dtypes."""
         self._found: tuple[list[int], list[NDArray[Any]]] = [], []

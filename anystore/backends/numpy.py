@@ -93,6 +93,10 @@ class NumpyBackend(Backend):
     def inside(self, array: NDArray[Any], length: int) -> bool:
         return moves.all_inside(array, length) or super().inside(array, length)
 
+    def bounds(self, array: NDArray[Any]) -> tuple[float, float]:
+        # In half the time of np.min and np.max.
+        return float(np.minimum.reduce(array, None)), float(np.maximum.reduce(array, None))
+
     def array(self, buffer: NDArray[Any]) -> NDArray[Any]:
         # An array of its own, since users may give one another shape.
         return buffer.view()

@@ -136,11 +136,15 @@ static PyObject *add_up(PyObject *module, PyObject *const *arguments, Py_ssize_t
     }
     const npy_intp *rows = PyArray_DATA(index);
     npy_intp count = PyArray_SIZE(index);
-    for (npy_intp i = 0; i < count; i++)
+    for (npy_intp i = 0; i < count; i++) {
         if ((npy_uintp)rows[i] >= (npy_uintp)tree.lengths[0]) {
             PyErr_SetString(PyExc_IndexError, "a row is out of range");
             return NULL;
         }
+        const double *block = tree.values[0] + (rows[i] >> WIDTH_BITS) * WIDTH;
+        __builtin_prefetch(block);
+        __builtin_prefetch(block + WIDTH / 2);
+    }
     for (Py_ssize_t level = 1; level < tree.count; level++)
         for (npy_intp i = 0; i < count; i++) {
             npy_intp node = rows[i] >> WIDTH_BITS * level; /* a division takes many times as long */

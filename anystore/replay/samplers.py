@@ -14,6 +14,7 @@ from anystore.backends.random import Random
 from anystore.convert import is_array, to_numpy
 from anystore.plan import as_count
 from anystore.replay.sum_tree import SumTree
+from anystore.specs import limits
 
 
 class Sampler(ABC):
@@ -221,9 +222,9 @@ class Prioritized(Sampler):
         super().open(capacity, backend, random)
         self._tree = SumTree(capacity, backend)
         self._waiting = range(0)
-        limits = np.finfo(backend.float_dtype)
-        self._most = float(limits.max) / 2 / capacity  # so that no sum is infinite
-        self._least = float(limits.tiny)
+        floats = np.finfo(backend.float_dtype)
+        self._most = float(floats.max) / 2 / capacity  # so that no sum is infinite
+        self._least = float(floats.tiny)
 
     def draw(self, count: int, items: range) -> Array:
         self._let_in()
@@ -249,7 +250,7 @@ class Prioritized(Sampler):
 
     def update(self, rows: Array, priorities: Array) -> None:
         self._let_in()
-        highest = max(self.highest, float(self.backend.xp.max(priorities)))
+        highest = max(self.highest, self.backend.bounds(priorities)[1])
         if self.alpha * math.log(highest + self.epsilon) > math.log(self._most):
             raise ValueError(
                 f"expected priorities whose sum, each to the power of alpha={self.alpha}, is finite, found {highest}; "
@@ -313,11 +314,11 @@ def as_priorities(priorities: Any, count: int, backend: Backend, given: np.dtype
     dtype = backend.float_dtype
     with np.errstate(over="ignore"):  # what is too large for the dtype is refused below
         array = backend.own(priorities if is_array(priorities) else np.asarray(priorities, dtype), dtype)
-    xp = backend.xp
     if array.shape != (count,):
         raise ValueError(f"expected {count} priorities, one for each row, found an array of shape {tuple(array.shape)}")
-    largest = float(np.finfo(given).max)
-    if count and not (xp.min(array) >= 0 and xp.max(array) <= largest):  # nor if one is NaN
+    _, largest = limits(given)
+    lowest, highest = backend.bounds(array) if count else (0.0, 0.0)
+    if not (lowest >= 0 and highest <= largest):  # nor if one is NaN
         wrong = to_numpy(array)
         wrong = wrong[~((wrong >= 0) & (wrong <= largest))]
         raise ValueError(
