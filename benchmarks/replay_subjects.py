@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.subjects import narrowed, ready, without_64_bits
+from benchmarks.subjects import call_by_call, narrowed, without_64_bits
 from benchmarks.workloads import Batch, Workload
 
 ALPHA, BETA = 0.6, 0.4
@@ -90,8 +90,8 @@ class AnystoreJax(Anystore):
     name, backend = "anystore on JAX", "jax"
 
     def __init__(self, workload: Workload, prioritised: bool = False, lanes: int = 1) -> None:
+        call_by_call()
         super().__init__(without_64_bits(workload), prioritised, lanes)
-        self.sample = self._sample
 
     def prepare(self, batch: Batch) -> Any:
         import jax.numpy as jnp
@@ -102,9 +102,6 @@ class AnystoreJax(Anystore):
         import jax.numpy as jnp
 
         return jnp.asarray(priorities)
-
-    def _sample(self, count: int) -> Any:
-        return ready(self.buffer.sample(count))
 
 
 class StableBaselines3(Replay):
@@ -271,8 +268,8 @@ class Flashbax(Replay):
 
     def __init__(self, workload: Workload, prioritised: bool = False, lanes: int = 1) -> None:
         import flashbax
-        import jax
 
+        jax = call_by_call()
         workload, sizes = without_64_bits(workload), (workload.capacity, BATCH, BATCH)
         if prioritised:
             buffer: Any = flashbax.make_prioritised_item_buffer(*sizes, add_batches=True, priority_exponent=ALPHA)
@@ -305,7 +302,7 @@ class Flashbax(Replay):
 
     def sample(self, count: int) -> Any:
         self._key, own = self._split(self._key)
-        return ready(self._draw(self.state, own))
+        return self._draw(self.state, own)
 
     def _update(self, sample: Any, priorities: Any) -> None:
         self.state = self._set_priorities(self.state, sample.indices, priorities)

@@ -79,15 +79,13 @@ class AnystoreJax(Anystore):
     get_into = None  # type: ignore[assignment]  # JAX arrays cannot be filled
 
     def __init__(self, workload: Workload) -> None:
+        call_by_call()
         super().__init__(without_64_bits(workload))
 
     def prepare(self, batch: Batch) -> Any:
         import jax.numpy as jnp
 
         return {key: jnp.asarray(leaf) for key, leaf in narrowed(batch).items()}
-
-    def get_rows(self, rows: Any) -> Any:  # type: ignore[no-redef]
-        return ready(self.store.get(rows))
 
 
 class NumpyByHand(Subject):
@@ -185,10 +183,10 @@ class JaxByHand(Subject):
     name, module = "JAX by hand", "jax"
 
     def __init__(self, workload: Workload) -> None:
-        import jax
         import jax.numpy as jnp
         from jax import lax
 
+        jax = call_by_call()
         spec = without_64_bits(workload).spec
         self.arrays = {key: jnp.zeros((workload.capacity, *leaf.shape), leaf.dtype) for key, leaf in spec.items()}
 
@@ -216,7 +214,7 @@ class JaxByHand(Subject):
         self.arrays = self._write_slice(self.arrays, start, batch)
 
     def get_rows(self, rows: Any) -> Any:
-        return ready(self._read(self.arrays, rows))
+        return self._read(self.arrays, rows)
 
     get_one = get_rows
 
@@ -297,8 +295,8 @@ class Flashbax(Subject):
 
     def __init__(self, workload: Workload) -> None:
         import flashbax
-        import jax
 
+        jax = call_by_call()
         workload = without_64_bits(workload)
         buffer = flashbax.make_item_buffer(workload.capacity, 256, 256, add_batches=True)
         self.state = buffer.init({key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in workload.spec.items()})
@@ -318,7 +316,7 @@ class Flashbax(Subject):
     set_slice = set_one
 
     def get_rows(self, rows: Any) -> Any:
-        return ready(self._sample(self.state, self._keys[int(rows[0]) % 64]).experience)
+        return self._sample(self.state, self._keys[int(rows[0]) % 64]).experience
 
 
 class StableBaselines3(Subject):
@@ -437,11 +435,12 @@ def without_64_bits(workload: Workload) -> Workload:
     return Workload(workload.name, spec, workload.capacity)
 
 
-def ready(nest: Any) -> Any:
-    """What JAX has computed, once it has."""
+def call_by_call() -> Any:
+    """JAX, told to end a call only when its work is done, which would fall into the turn of another otherwise."""
     import jax
 
-    return jax.block_until_ready(nest)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return jax
 
 
 BY_HAND: list[Callable[[Workload], Subject]] = [NumpyByHand, NumpyTake]

@@ -186,7 +186,9 @@ class JaxBackend(Backend):
     def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
         cells = self.together(buffers)
         read: list[Array]
-        if type(rows) is np.ndarray and rows.size * cells.row_nbytes <= _SMALL and self._shares_memory(cells):
+        if type(rows) is int:
+            read = _read_one(cells.arrays(), rows)
+        elif type(rows) is np.ndarray and rows.size * cells.row_nbytes <= _SMALL and self._shares_memory(cells):
             # XLA takes its time for each row, so that a batch of many small ones is copied from NumPy's in less.
             read = self._handed_out(moves.gather(cells.in_memory(), rows))
         elif isinstance(rows, range) and rows.step == 1:
@@ -437,6 +439,11 @@ def _on_memory(address: int, array: jax.Array) -> NDArray[Any]:
 
 def _copied(arrays: list[Any]) -> list[jax.Array]:
     return [jnp.copy(array) for array in arrays]
+
+
+@jax.jit
+def _read_one(buffers: list[jax.Array], row: Any) -> list[jax.Array]:
+    return [lax.dynamic_index_in_dim(buffer, row, keepdims=False) for buffer in buffers]
 
 
 @functools.partial(jax.jit, static_argnums=2)
