@@ -237,7 +237,9 @@ class TestJax(RandomContract):
         assert to_numpy(random.integers(high, 500)).tolist() == expected
 
     def test_more_integers_than_32_bits_count(self):
-        with pytest.raises(OverflowError):
+        with pytest.raises(
+            ValueError, match=f"^expected at most {2**31} integers to draw from, found {2**31 + 1}; jax"
+        ):
             self.make().integers(2**31 + 1, 3)
 
     def test_with_64_bits(self):

@@ -318,9 +318,9 @@ class ReplayContract:
             r"expected lanes from 0 to \d, each of them once, found \[0, 0\]": (2, [0, 0]),
             r"expected lanes from 0 to \d, each of them once, found \[-1\]": (1, [-1]),
             rf"expected lanes from 0 to \d, each of them once, found \[{lanes}\]": (1, lanes),
-            r"expected items of these 2 lane\(s\) in turn, found 1": (1, np.arange(lanes) < 2),
-            r"expected items of these 2 lane\(s\) in turn, found 3": (3, [1, 0]),
-            r"expected items of these 0 lane\(s\) in turn, found 1": (1, []),
+            "expected items of these 2 lanes in turn, a multiple of 2, found 1": (1, np.arange(lanes) < 2),
+            "expected items of these 2 lanes in turn, a multiple of 2, found 3": (3, [1, 0]),
+            "expected the lanes of 1 items, found none named": (1, []),
             "expected lanes, a flat sequence of integers or a mask of .*, found float64": (1, [1.0]),
             "expected lanes, a flat sequence of integers or a mask of .*, found bool": (1, [True] * (lanes + 1)),
             r"expected lanes, a flat sequence of .*, found int64 of shape \(1, 1\)": (1, np.array([[1]])),
@@ -747,10 +747,33 @@ class ReplayContract:
     @pytest.mark.parametrize("at_end", ["pad", "whole"])
     def test_the_ends_of_what_is_no_window(self, at_end: Any) -> None:
         buffer = self.stepped(6)
-        for how in ({}, {"n_step": 2}):
+        remedies = {None: "give num_steps= as well", 2: "n-step returns end with the episode without it"}
+        for n_step, remedy in remedies.items():
             for draw in (buffer.sample, buffer.one_pass):
-                with pytest.raises(ValueError, match=f'^at_end="{at_end}" is for windows; give num_steps= as well$'):
-                    draw(2, at_end=at_end, **how)
+                with pytest.raises(ValueError, match=f'^at_end="{at_end}" is for windows; {remedy}$'):
+                    draw(2, at_end=at_end, n_step=n_step)
+
+    def test_a_refused_sample_changes_nothing(self) -> None:
+        buffer, twin = self.filled(12), self.filled(12)
+        for draw in (buffer.sample, buffer.one_pass):
+            with pytest.raises(ValueError, match="^n-step returns need a reward; name its leaf"):
+                draw(4, n_step=2)
+        assert buffer.counts().total_sampled == 0
+        self.assert_twins(buffer, twin)
+
+    def test_a_list_that_is_no_array(self) -> None:
+        buffer = self.stepped(6)
+        value = {**steps(6, 8), "x": [[1, 2], [3]]}
+        with pytest.raises(TypeError, match="^x: expected an array or numbers for ArraySpec"):
+            buffer.extend(value)
+        assert len(buffer) == 6
+
+    def test_priorities_can_be_given_back(self) -> None:
+        buffer = self.filled(8, sampler=Prioritized())
+        buffer.update_priorities(np.arange(8), np.zeros(8))
+        found = to_numpy(buffer.priorities)
+        assert (found >= 0).all()
+        assert buffer.update_priorities(np.arange(8), found) == 8
 
     def test_leaves_of_several_lengths(self) -> None:
         buffer = self.make(10, STEPS)
@@ -871,7 +894,7 @@ class ReplayContract:
             first = self.filled(4, sampler=sampler)
             name = type(sampler).__name__
             with pytest.raises(
-                ValueError, match=f"^this {name} has a buffer already; give each buffer a sampler of its own$"
+                ValueError, match=f"^this {name} has a buffer already; give each buffer and each load one of its own$"
             ):
                 self.make(20, sampler=sampler)
             assert sorted(set(stamps_of(first.sample(64).items))) in ([0, 1, 2, 3], [1, 2, 3])
@@ -886,7 +909,10 @@ class ReplayContract:
             ({"lanes": True}, "^expected lanes to be an int of 1 or more, found True$"),
             ({"reward": "rewards"}, "^'rewards' is no leaf of the spec; there are reward, terminated, truncated, x$"),
             ({"terminated": "done"}, "^'done' is no leaf of the spec; there are reward, terminated, truncated, x$"),
-            ({"truncated": "x"}, r"^x: expected a flag, ArraySpec\(\(\), 'bool'\), found ArraySpec\(\(\), 'int32'\)$"),
+            (
+                {"truncated": "x"},
+                r"^x: expected a flag, ArraySpec\(\(\), 'bool'\), found ArraySpec\(\(\), 'int32'\); give ",
+            ),
             (
                 {"truncated": "terminated"},
                 "^terminated: expected a leaf for terminated and another for truncated, found one$",

@@ -440,7 +440,7 @@ def test_some_environments_are_reset_in_the_middle_of_an_episode(layout, named):
     run(env, recorder, 2)
     obs, infos = env.reset(options={"reset_mask": np.array([False, True, False])})
     obs[0] = obs[2] = -1  # of no meaning, as in environments that return nothing for the others
-    recorder.reset(obs, infos, lanes=named)
+    recorder.reset(obs.tolist() if isinstance(named, list) else obs, infos, lanes=named)
     run(env, recorder, 1, begin=False)
     steps = [Where(lane, 0, t) for t in range(2) for lane in range(3)] + [
         Where(0, 0, 2),

@@ -60,6 +60,27 @@ class Chosen(Sampler):
         return self.backend.from_numpy(self.table[to_numpy(places)].astype(np.float32))
 
 
+class Wrong(Wild):
+    """Says what it is told to of the chances of its draws, which need not be any."""
+
+    distinct = True
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def chances(self, places: Any, items: range) -> Any:
+        return np.array(self.found)
+
+
+NO_CHANCES = {
+    "too few": [1.0] * 3,
+    "two axes": [[1.0] * 10],
+    "infinite": [1.0, np.inf] * 5,
+    "not a number": [1.0, np.nan] * 5,
+    "negative": [1.0, -1.0] * 5,
+}
+
+
 class SamplersContract:
     """Subclassed per backend."""
 
@@ -74,6 +95,14 @@ class SamplersContract:
         buffer = ReplayBuffer(SPEC, capacity, **{"seed": 7, **self.options, **options})
         buffer.extend(items(0, count, ends))
         return buffer
+
+    @pytest.mark.parametrize("found", NO_CHANCES.values(), ids=NO_CHANCES)
+    def test_chances_that_are_none(self, found: Any) -> None:
+        buffer = self.make(sampler=Wrong(found))
+        with pytest.raises(
+            ValueError, match="^expected 10 finite chances of 0 or more from Wrong.chances, found array"
+        ):
+            buffer.sample(6)
 
     def counts(self, buffer: ReplayBuffer, draws: int = MANY, **how: Any) -> Any:
         """How often each item that is there was drawn, or began a window, oldest first."""

@@ -224,7 +224,10 @@ class ReplayBuffer:
             raise ValueError(f"{path!r} is no leaf of the spec; there are {', '.join(map(label, leaves))}")
         spec = leaves[path]
         if dtype is not None and (spec.dtype != dtype or spec.shape != ()):
-            raise ValueError(f"{label(path)}: expected a flag, ArraySpec((), {dtype!r}), found {spec}")
+            raise ValueError(
+                f"{label(path)}: expected a flag, ArraySpec((), {dtype!r}), found {spec}; give what is no flag of the "
+                "whole item another name"
+            )
         return path
 
     def _paths_after(self, following: str | Sequence[str] | None, shared: Mapping[str, str]) -> tuple[str, ...]:
@@ -319,7 +322,7 @@ class ReplayBuffer:
             "sampler": self._sampler.state(self._ring.items),
             "random": self._random.state(),
             "sampled": self._sampled,
-            "level": self._draws.level,
+            "levels": list(self._draws.levels),
         }
 
     def _restore(self, state: dict[str, Any], distances: Storage | None) -> None:
@@ -333,7 +336,8 @@ class ReplayBuffer:
         if state["random"]["kind"] == self._random.kind:
             self._random.restore(state["random"])
         self._sampled = int(state["sampled"])
-        self._draws.level = int(state.get("level", 0))
+        of_all, of_some = state.get("levels", [0, 0])
+        self._draws.levels = [max(0, int(of_all)), max(0, int(of_some))]
         self._meter = Meter(self._ring.total, self._sampled)
 
     def __reduce__(self) -> Any:
@@ -549,10 +553,11 @@ class ReplayBuffer:
         with self.lock, self._on_device():
             candidates, usable = self._choice(how)
             drawn = self._draws.draw(batch_size, candidates, usable)
-            self._sampled += batch_size
             too_old = candidates.start - self._ring.items.start
             places = drawn + too_old if too_old else drawn
-            return self._sample_of(places, how, self._draws.weights(drawn, candidates))
+            sample = self._sample_of(places, how, self._draws.weights(drawn, candidates))
+            self._sampled += batch_size
+            return sample
 
     def one_pass(
         self,
@@ -566,7 +571,7 @@ class ReplayBuffer:
         """Every item, or window, that can be sampled now, once, in random order; the last batch may be smaller.
 
         Takes what `sample` takes; the sampler has no part in it. Items that are overwritten before their turn has come
-        are left out.
+        are left out, as are those that begin no such window, even if that leaves none.
 
         Raises
         ------
@@ -595,13 +600,16 @@ class ReplayBuffer:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The first `count` of these items that are there and of use, or all that are, and those behind them."""
         too_old, tests = self._requirements(how)
-        chosen = numbers[:0]
+        chosen, length = numbers[:0], count
         while len(numbers) and len(chosen) < count:
-            some, numbers = np.split(numbers, [count - len(chosen)])
-            some = some[some >= self._ring.items.start + too_old]
-            for test in tests if len(some) else ():
-                some = some[to_numpy(test(self._ring.places_of(some)))]
-            chosen = np.concatenate([chosen, some])
+            some = numbers[:length]
+            good = np.flatnonzero(some >= self._ring.items.start + too_old)
+            for test in tests if len(good) else ():
+                good = good[to_numpy(test(self._ring.places_of(some[good])))]
+            good = good[: count - len(chosen)]
+            chosen = np.concatenate([chosen, some[good]])
+            numbers = numbers[good[-1] + 1 if len(chosen) == count else len(some) :]
+            length = min(2 * length, max(count, _LOOKED_AT))
         return chosen, numbers
 
     def _requirements(self, how: _How) -> tuple[int, list[Usable]]:
@@ -619,6 +627,8 @@ class ReplayBuffer:
         items = self._ring.items
         if not items:
             raise ValueError("the buffer is empty; add items before sampling")
+        if how.n_step is not None:
+            self._check_n_step()
         too_old, tests = self._requirements(how)
         steps = (how.num_steps or 1) - 1
         too_new = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
@@ -652,8 +662,8 @@ class ReplayBuffer:
             return Sample(self._layout.read(steps), rows, weights, given(mask))
         return Sample(self._layout.read(self._windows.steps(places, how.num_steps)), rows, weights)
 
-    def _merged(self, places: Array, n_step: int, discount: float) -> tuple[Any, Array]:
-        """Items that stand for `n_step` steps each, and what the value after them counts."""
+    def _check_n_step(self) -> None:
+        """Refuse n-step returns where the spec lacks what they are made of."""
         if self._reward is None:
             raise ValueError('n-step returns need a reward; name its leaf: ReplayBuffer(..., reward="path")')
         if self._terminated is None:
@@ -662,6 +672,11 @@ class ReplayBuffer:
             raise ValueError(
                 f'n-step returns need a bool leaf "terminated"{found}; name it: ReplayBuffer(..., terminated="path")'
             )
+
+    def _merged(self, places: Array, n_step: int, discount: float) -> tuple[Any, Array]:
+        """Items that stand for `n_step` steps each, and what the value after them counts."""
+        assert self._reward is not None
+        assert self._terminated is not None
         given, taken = self._backend.from_bookkeeping, self._backend.to_bookkeeping
         steps, mask = self._windows.padded(places, n_step)
         flags = tuple(path for path in (self._terminated, self._truncated) if path is not None)
@@ -806,8 +821,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:
-    """The shape of an array of any library, or of numbers in lists."""
-    return tuple(leaf.shape) if is_array(leaf) else np.shape(leaf)
+    """The shape of an array of any library, or of numbers in lists; () for lists that have none."""
+    try:
+        return tuple(leaf.shape) if is_array(leaf) else np.shape(leaf)
+    except ValueError:
+        return ()
 
 
 def _by_path(name: str, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -840,7 +858,8 @@ class _How(NamedTuple):
         if at_end not in ("cross", "pad", "whole"):
             raise ValueError(f'expected at_end to be "cross", "pad" or "whole", found {at_end!r}')
         if num_steps is None and at_end != "cross":
-            raise ValueError(f'at_end="{at_end}" is for windows; give num_steps= as well')
+            remedy = "give num_steps= as well" if n_step is None else "n-step returns end with the episode without it"
+            raise ValueError(f'at_end="{at_end}" is for windows; {remedy}')
         if not isinstance(discount, (int, float, np.number)) or not 0 <= discount < float("inf"):
             raise ValueError(f"expected a finite discount of 0 or more, found {discount!r}")
-        return cls(num_steps, at_end, n_step, discount)
+        return cls(num_steps, at_end, n_step, float(discount))

@@ -39,8 +39,9 @@ class Draws:
 
     Attributes
     ----------
-    level : int
-        How many more are drawn than are wanted, so that enough of them are of use, as it was found to be right before.
+    levels : list of int
+        How many more are drawn than are wanted, so that enough of them are of use, as it was found to be right before:
+        where all items are of use, and where some are not.
     """
 
     def __init__(self, sampler: Sampler, random: Random, books: Backend) -> None:
@@ -49,7 +50,7 @@ class Draws:
         self._books = books
         self._is_inside = _is_inside(type(sampler))
         self._nothing = books.as_index(np.empty(0, np.intp))
-        self.level = 0
+        self.levels = [0, 0]
 
     def draw(self, count: int, items: range, usable: Usable | None) -> Array:
         """`count` places of these items, each as likely as the sampler has it among those that are of use.
@@ -60,25 +61,26 @@ class Draws:
             If none is, or not as many as are wanted without replacement.
         """
         sampler, xp = self._sampler, self._books.xp
+        kind = int(usable is not None)
         if self._is_inside and usable is None and not sampler.distinct:
             return self._drawn(count, items)
         if sampler.distinct and 2 * count > len(items):
             return self._draw_exactly(count, items, usable)
         places = self._nothing
-        while self.level < _HIGHEST and _drawn_at(self.level, count) <= max(count, len(items), _FEW):
+        while self.levels[kind] < _HIGHEST and _drawn_at(self.levels[kind], count) <= max(count, len(items), _FEW):
             # The whole numbers that a level has, and not just as many as are missing, which would never be the same: a
             # library that compiles does so for every shape.
-            more = self._drawn(_drawn_at(self.level, count) - places.shape[0], items)
+            more = self._drawn(_drawn_at(self.levels[kind], count) - places.shape[0], items)
             places = xp.concat([places, more]) if places.shape[0] else more
             if usable is None and not sampler.distinct and self._books.inside(places, len(items)):
-                self.level = 0
+                self.levels[kind] = 0
                 return places[:count]
             good = self._good(places, items, usable)
             found = self._books.count(good)
             if found >= count:
-                self._settle(count, found / places.shape[0])
+                self._settle(kind, count, found / places.shape[0])
                 return xp.take(places, self._books.chosen(good)[:count], axis=0)
-            self.level += 1
+            self.levels[kind] += 1
         self._refuse_strangers(places, items)
         return self._draw_exactly(count, items, usable)
 
@@ -88,20 +90,21 @@ class Draws:
             return
         found = to_numpy(places)
         if not ((found >= 0) & (found < len(items))).any():
-            self.level = 0
+            self.levels = [0, 0]
             raise ValueError(
                 f"expected places below {len(items)} from {type(self._sampler).__name__}.draw, found none among "
                 f"{len(found)}: {found[:3].tolist()}, ..."
             )
 
-    def _settle(self, count: int, share: float) -> None:
+    def _settle(self, kind: int, count: int, share: float) -> None:
         """Begin the next time at the lowest level that will do, if such a share of the draws is of use."""
-        self.level = 0
-        while self.level < _HIGHEST:
-            drawn = _drawn_at(self.level, count)
+        level = 0
+        while level < _HIGHEST:
+            drawn = _drawn_at(level, count)
             if drawn * share - 3 * math.sqrt(drawn * share * (1 - share)) >= count:  # three standard deviations
-                return
-            self.level += 1
+                break
+            level += 1
+        self.levels[kind] = level
 
     def _drawn(self, count: int, items: range) -> Array:
         places = self._sampler.draw(count, items)
@@ -158,7 +161,7 @@ class Draws:
         """What `draw` returns, found by a look at every item."""
         every = self._books.as_index(np.arange(len(items)))
         found = self._sampler.chances(every, items)
-        chances = np.ones(len(items)) if found is None else to_numpy(found)
+        chances = np.ones(len(items)) if found is None else self._checked_chances(found, len(items))
         good = chances > 0
         if usable is not None:
             good &= to_numpy(usable(every))
@@ -168,8 +171,18 @@ class Draws:
             raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more{otherwise}")
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
-        self._settle(count, float(min(1.0, chances[good].sum() / chances.sum())))
+        self._settle(int(usable is not None), count, float(min(1.0, chances[good].sum() / chances.sum())))
         return self._books.as_index(places[self._chosen(len(places), count, None if found is None else chances[good])])
+
+    def _checked_chances(self, found: Any, count: int) -> NDArray[Any]:
+        """The chances of all items, if a sampler of the user's own finds such."""
+        chances: NDArray[Any] = to_numpy(found) if is_array(found) else np.asarray(found)
+        if chances.shape != (count,) or not (np.isfinite(chances) & (chances >= 0)).all():
+            raise ValueError(
+                f"expected {count} finite chances of 0 or more from {type(self._sampler).__name__}.chances, found "
+                f"{chances!r:.80}"
+            )
+        return chances
 
     def _chosen(self, length: int, count: int, chances: NDArray[Any] | None) -> NDArray[np.intp]:
         """`count` positions below `length`, by their chances."""

@@ -361,7 +361,7 @@ def tf_dataset(buffer: Any, batch_size: int, **options: Any) -> Any:
     ImportError
         If TensorFlow is not installed.
     TypeError
-        If an option is `to` or `copy`.
+        If an option is `to`, `copy` or `device`.
 
     Notes
     -----

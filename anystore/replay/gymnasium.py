@@ -228,7 +228,7 @@ class Recorder:
             if self._obs is None:
                 raise ValueError("no environment was reset so far; reset all of them first, without lanes=")
             leaves = [
-                _with_rows(old, chosen, [new[lane, ...] for lane in chosen.tolist()])
+                _with_rows(old, chosen, [(new if is_array(new) else np.asarray(new))[lane, ...] for lane in chosen])
                 for old, new in zip(self._obs, leaves)
             ]
         # At first all: what is in the buffer already, of an earlier program or another environment, is over.

@@ -63,8 +63,12 @@ class Lanes:
                 )
             return None
         named = self.named(lanes)
-        if count % len(named) if len(named) else count:
-            raise ValueError(f"expected items of these {len(named)} lane(s) in turn, found {count}")
+        if len(named) == 0 and count:
+            raise ValueError(f"expected the lanes of {count} items, found none named")
+        if len(named) and count % len(named):
+            raise ValueError(
+                f"expected items of these {len(named)} lanes in turn, a multiple of {len(named)}, found {count}"
+            )
         return None if len(named) == 0 or np.array_equal(named, np.arange(self.count)) else named
 
     def named(self, lanes: Any) -> NDArray[np.intp]:

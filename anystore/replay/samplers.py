@@ -71,7 +71,9 @@ class Sampler(ABC):
     def open(self, capacity: int, backend: Backend, random: Random) -> None:
         """Make ready for a buffer of so many rows."""
         if hasattr(self, "capacity"):
-            raise ValueError(f"this {type(self).__name__} has a buffer already; give each buffer a sampler of its own")
+            raise ValueError(
+                f"this {type(self).__name__} has a buffer already; give each buffer and each load one of its own"
+            )
         self.capacity, self.backend, self.random = capacity, backend, random
 
     @abstractmethod
@@ -246,7 +248,8 @@ class Prioritized(Sampler):
         return self.backend.xp.astype(weights, self.backend.native_dtype(np.dtype("float32")), copy=False)
 
     def added(self, items: range) -> None:
-        self._waiting = range(self._waiting.start if self._waiting else items.start, items.stop)
+        start = self._waiting.start if self._waiting else items.start
+        self._waiting = range(max(start, items.stop - self.capacity), items.stop)
 
     def update(self, rows: Array, priorities: Array) -> None:
         self._let_in()
@@ -265,8 +268,9 @@ class Prioritized(Sampler):
 
     def priorities(self, items: range) -> Array:
         """The priorities of these items, oldest first."""
-        scaled = self._scaled(items)
-        return scaled ** (1 / self.alpha) - self.epsilon if self.alpha else scaled - self.epsilon
+        scaled, xp = self._scaled(items), self.backend.xp
+        found = scaled ** (1 / self.alpha) - self.epsilon if self.alpha else scaled - self.epsilon
+        return xp.where(found > 0, found, xp.zeros_like(found))  # which rounding may have left below
 
     def state(self, items: range) -> dict[str, Any]:
         """The settings, the highest priority, and what the tree holds of the items, oldest first, as "numbers".

@@ -46,7 +46,7 @@ def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, p
             RuntimeWarning,
             stacklevel=3,
         )
-    with buffer.lock:
+    with buffer.lock, buffer._on_device():
         arrays: dict[str, NDArray[Any]] = {}
         state = {
             "data_spec": describe(buffer.data_spec),
@@ -128,7 +128,8 @@ def load_buffer(
     sampler = state.new_sampler() if sampler is None else state.checked(sampler)
     capacity = state.capacity if capacity is None else capacity
     buffer = state.new_buffer(nest.data_spec, capacity, sampler, backend, device)
-    with Progress("loading", snapshot.rows_nbytes(*snapshot.manifest.storages), progress) as bar:
+    nbytes = snapshot.rows_nbytes(*snapshot.manifest.storages)
+    with Progress("loading", nbytes, progress) as bar, buffer._on_device():
         state.fill(buffer, bar)
     return buffer
 
