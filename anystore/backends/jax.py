@@ -313,10 +313,12 @@ class JaxRandom(Random):
         self._key = jax.device_put(seed_sequence(seed).generate_state(2, np.uint32), device)
 
     def _integers(self, high: int, count: int) -> jax.Array:
-        most = int(np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max) + 1
-        if high > most:
-            raise ValueError(f"expected at most {most} integers to draw from, found {high}; jax_enable_x64 allows more")
         if high > 2**31:
+            most = int(np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max) + 1
+            if high > most:
+                raise ValueError(
+                    f"expected at most {most} integers to draw from, found {high}; jax_enable_x64 allows more"
+                )
             return self._go_on(_draw_large_integers(self._key, high, count))
         return self._go_on(_draw_integers(self._key, np.uint32(high), count))
 

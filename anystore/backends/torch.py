@@ -100,7 +100,6 @@ class TorchBackend(Backend):
     @torch.no_grad()
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
         own = {buffer.untyped_storage().data_ptr() for buffer in buffers}
-        leaves = [leaf.resolve_conj().resolve_neg() for leaf in leaves]
         leaves = [leaf.clone() if leaf.untyped_storage().data_ptr() in own else leaf for leaf in leaves]
         if self.views(rows):
             for view, leaf in zip(_views(buffers, rows), leaves):
@@ -135,7 +134,8 @@ class TorchBackend(Backend):
         return buffer.detach()
 
     def move(self, array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return array.detach().to(self._device, dtype)
+        # What is conjugated or negated lazily is so in no memory that the moves would read.
+        return array.detach().resolve_conj().resolve_neg().to(self._device, dtype)
 
     def random(self, seed: int | None = None) -> Random:
         return TorchRandom(self._device, self.native_dtype(self.float_dtype), seed)
@@ -234,8 +234,7 @@ class TorchHostBackend(TorchBackend):
             tensor.copy_(leaf)
 
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
-        arrays = [_as_array(leaf.resolve_conj().resolve_neg()) for leaf in leaves]
-        written = moves.scatter(_arrays(buffers), rows, arrays)
+        written = moves.scatter(_arrays(buffers), rows, [_as_array(leaf) for leaf in leaves])
         assert written, "the leaves were checked against their specs"
 
     def scatter_as_is(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Any]) -> bool:
