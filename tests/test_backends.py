@@ -293,6 +293,95 @@ class TestJax:
             write(jax.numpy.ones(2))
         assert store.get(...)["b"].tolist() == [0, 1, 2, 3]
 
+    @pytest.mark.parametrize("library", ["numpy", "jax.numpy"])
+    @pytest.mark.parametrize("index", [0, slice(0, 1), [0]], ids=str)
+    def test_a_write_of_nothing_traced_is_refused_within_jit_alone(self, store, library, index):
+        """It would be done once, when the function is traced; nothing of it is done."""
+        import jax
+
+        xp = importlib.import_module(library)
+        value = {"a": xp.full(2, 7, dtype="float32"), "b": xp.asarray(7, dtype="int32")}
+
+        def write(x):
+            store.set(index, value)
+            return x
+
+        with pytest.raises(TypeError, match="cannot be written to within jax.jit"):
+            jax.jit(write)(1.0)
+        assert store.get(...)["b"].tolist() == [0, 1, 2, 3]
+        jax.vmap(write)(jax.numpy.ones(3))
+        assert store.get(...)["b"].tolist() == [7, 1, 2, 3]
+
+    @pytest.mark.parametrize("index", [1, slice(0, 2), [2, 1, 1]], ids=str)
+    def test_is_written_in_place_where_nobody_can_tell(self, store, index):
+        def arrays():
+            return [cell.array for cell in store._buffers]
+
+        def is_new(write):
+            before = arrays()
+            write()
+            return [array is not old for array, old in zip(arrays(), before)]
+
+        jax_value, value = store.get(index), {"a": np.full((2,), 7, np.float32), "b": 7}
+        store.set(0, store.get(0))  # the reads may be going on before it
+        assert not any(is_new(lambda: store.set(index, jax_value)))
+        assert not any(is_new(lambda: store.set(index, value)))
+        store.get(slice(0, 3))
+        assert all(is_new(lambda: store.set(index, value)))
+        old = store.buffers
+        assert all(is_new(lambda: store.set(index, jax_value)))
+        assert all(array.is_deleted() for array in old.values())
+        assert not any(is_new(lambda: store.set(index, value)))
+        store.select("a").get(0)
+        assert all(is_new(lambda: store.set(index, value)))
+        store.select("b").buffers  # noqa: B018  # which hands it out
+        assert is_new(lambda: store.select("a").set(index, value["a"])) == [True, False]
+
+    @pytest.mark.parametrize("index", [1, slice(0, 2), [2, 1, 1]], ids=str)
+    def test_a_write_waits_for_nothing(self, store, index, monkeypatch):
+        """What is still computed, the value or the arrays, is written by XLA in its turn."""
+        import anystore.backends.jax
+
+        value, before = store.get(2), [cell.array for cell in store._buffers]
+        store.set(3, store.get(3))
+        monkeypatch.setattr(anystore.backends.jax, "_is_ready", lambda array: False)
+        for _ in range(3):
+            store.set(index, value)
+            assert all(cell.array is not array for cell, array in zip(store._buffers, before))
+            before = [cell.array for cell in store._buffers]
+        assert set(store.get(index)["b"].reshape(-1).tolist()) == {2}
+
+    @pytest.mark.parametrize("index", [1, slice(0, 2), [2, 1, 1]], ids=str)
+    def test_a_value_can_be_given_away_once_it_is_written(self, store, index):
+        import jax
+
+        value = store.get(index)["a"]
+        address = value.unsafe_buffer_pointer()
+        store.set(0, store.get(0))
+        store.set(index, {"a": value, "b": 3})
+        doubled = jax.jit(lambda array: array * 2, donate_argnums=0)(value)
+        assert doubled.unsafe_buffer_pointer() == address
+        assert store.get(index)["a"].tolist() == np.ones(doubled.shape).tolist()
+
+    @pytest.mark.parametrize("index", [1, slice(0, 2), [2, 1, 1]], ids=str)
+    def test_what_was_deleted_is_refused(self, store, index):
+        value = store.get(2)
+        value["b"].delete()
+        with pytest.raises(RuntimeError, match="deleted"):
+            store.set(index, value)
+        assert store.get([0, 1, 2, 3])["b"].tolist() == [0, 1, 2, 3]
+
+    def test_large_reads_are_of_the_time_of_the_call(self):
+        """Though XLA reads when it likes, and what is written after the call is written in place."""
+        jax = pytest.importorskip("jax")
+        store = Storage(ArraySpec((64, 64), "int32"), 64, backend="jax", device="cpu")
+        for number in range(50):
+            store.set(..., np.full((64, 64, 64), number, np.int32))
+            found = [store.get(index) for index in (slice(0, 64), list(range(64)), 5)]
+            for row in range(64):
+                store.set(row, np.full((64, 64), -1, np.int32))
+            assert all((jax.device_get(array) == number).all() for array in found)
+
     @pytest.mark.parametrize("transformation", ["grad", "vmap", "jit", "jvp"])
     @pytest.mark.parametrize("index", [0, [0, 1], slice(0, 2)], ids=str)
     @pytest.mark.parametrize("traced", ["a", "b"])

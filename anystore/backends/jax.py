@@ -27,6 +27,11 @@ from anystore.moves import last_writes, leading_shape
 from anystore.rows import Rows
 from anystore.specs import is_extension
 
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # before JAX 0.10
+    from jax.core import get_opaque_trace_state
+
 _SMALL = 1 << 18
 """Batches of so many bytes and less are read from main memory by the compiled moves."""
 
@@ -34,12 +39,14 @@ _SMALL = 1 << 18
 class _Held:
     """The arrays of a storage, which every write replaces by their successors."""
 
-    __slots__ = ("arrays", "lent")
+    __slots__ = ("arrays", "lent", "read")
 
     def __init__(self, arrays: list[jax.Array]) -> None:
         self.arrays = arrays
         self.lent = False
         """Whether one may have been handed out since all were replaced."""
+        self.read = False
+        """Whether XLA may still be reading from one, for it reads when it likes: not so once all were replaced."""
 
 
 class _Cell:
@@ -66,6 +73,7 @@ class _Cells(list[_Cell]):
         held, places = cells[0].held, [(cell.held, cell.position) for cell in cells]
         self.whole = held if places == [(held, position) for position in range(len(held.arrays))] else None
         """The arrays that these are all the places of; None for a part of them."""
+        self.held = held
         arrays = self.arrays()
         self.classes = [type(array) for array in arrays]
         self.row_nbytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays)
@@ -78,13 +86,15 @@ class _Cells(list[_Cell]):
     def arrays(self) -> list[jax.Array]:
         return [cell.array for cell in self] if self.whole is None else self.whole.arrays
 
-    def in_memory(self) -> list[NDArray[Any]]:
-        """NumPy arrays on the memory of these, which is main memory: for reading, as long as nothing is written.
+    def in_memory(self) -> list[NDArray[Any]] | None:
+        """NumPy arrays on the memory of these, which is main memory, until XLA writes to them; None while it does.
 
         They hold on to nothing. To XLA the memory were shared otherwise, and the next write would copy all of it.
         """
         arrays = self.arrays()
-        addresses = [array.block_until_ready().unsafe_buffer_pointer() for array in arrays]
+        if not (self.is_plain and _are_ready(arrays)):
+            return None
+        addresses = [array.unsafe_buffer_pointer() for array in arrays]
         if addresses != self._found[0]:
             self._found = addresses, list(map(_on_memory, addresses, arrays))
         return self._found[1]
@@ -92,12 +102,16 @@ class _Cells(list[_Cell]):
     def lent(self) -> bool:
         return any(cell.lent for cell in self) if self.whole is None else self.whole.lent
 
+    def at_rest(self) -> bool:
+        """Whether nobody else has one of these or may still be reading from one."""
+        return not (self.held.lent or self.held.read)
+
     def take_back(self) -> None:
-        """Now that there are others: the arrays that were handed out are none of these."""
+        """Now that there are others: what was handed out, and what is read from, is none of these."""
         for cell in self:
             cell.lent = False
         if self.whole is not None:
-            self.whole.lent = False
+            self.whole.lent = self.whole.read = False
 
     def replace(self, written: Iterator[list[jax.Array]]) -> None:
         """Have the arrays that the one item of `written` is, once it is made, in place of those that it gives away.
@@ -120,7 +134,8 @@ class JaxBackend(Backend):
     A write hands its buffers over to a compiled update (``donate_argnums``), which reuses their memory: an array that
     was taken from ``Storage.buffers`` before the write is deleted by it. While a zero-copy view of it lives outside of
     JAX (``numpy.asarray(array)`` on the CPU), XLA copies the whole buffer instead, at the price of time and not of
-    right results.
+    right results. In main memory a write goes to the arrays' own memory instead, without XLA, as long as that cannot be
+    told from outside: nobody has one of the arrays, and XLA has nothing left to do with them.
 
     Every function is compiled once per shape of the rows: batches of one size are fast, batches of ever new sizes are
     not. Rows travel as NumPy arrays, which ``jax.transfer_guard("disallow")`` refuses.
@@ -138,6 +153,7 @@ class JaxBackend(Backend):
             device = device if isinstance(device, str) else spell_device(device.platform, device.id)
         self.device = devices[0] if device is None else resolve_device(str(device), devices, "JAX")
         self._device = _existing()[self.device]
+        self._is_host = bool(self._device.platform == "cpu")
         self._is_alone = len(devices) == 1
         self._handed_out = jax.jit(_copied, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
 
@@ -147,7 +163,7 @@ class JaxBackend(Backend):
 
     @property
     def books_elsewhere(self) -> bool:
-        return bool(self._device.platform == "cpu")
+        return self._is_host
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -180,45 +196,45 @@ class JaxBackend(Backend):
             held = _Held([cell.array for cell in buffers])
             for position, cell in enumerate(buffers):
                 held.lent |= cell.lent
+                held.read |= cell.held.read
                 cell.held, cell.position = held, position
         return _Cells(buffers)
 
     def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
         cells = self.together(buffers)
         read: list[Array]
-        if type(rows) is int:
-            read = _read_one(cells.arrays(), rows)
-        elif type(rows) is np.ndarray and rows.size * cells.row_nbytes <= _SMALL and self._shares_memory(cells):
-            # XLA takes its time for each row, so that a batch of many small ones is copied from NumPy's in less.
-            read = self._handed_out(moves.gather(cells.in_memory(), rows))
-        elif isinstance(rows, range) and rows.step == 1:
-            read = _read_slice(cells.arrays(), rows.start, len(rows))
+        # XLA takes its time for each row, so that a batch of many small ones is copied from NumPy's in less.
+        is_small = type(rows) is np.ndarray and rows.size * cells.row_nbytes <= _SMALL
+        in_memory = cells.in_memory() if is_small and self._is_host else None
+        if in_memory is not None:
+            read = self._handed_out(moves.gather(in_memory, rows))
         else:
-            read = _read_rows(cells.arrays(), np.array(rows, np.intp))
+            cells.held.read = True
+            read = _read(cells.arrays(), rows)
         if isinstance(read[0], jax.core.Tracer):
             raise _traced("read")
         return read
-
-    def _shares_memory(self, cells: _Cells) -> bool:
-        """Whether NumPy can read what the arrays have in their memory."""
-        return self.books_elsewhere and cells.is_plain
 
     def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
         raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         cells = self.together(buffers)
+        if self._scatter_in_memory(cells, rows, leaves):
+            return
         arrays, lent = cells.arrays(), cells.lent()
         if lent:
             # Memory cannot be given away and read in one call, and there may be other arrays on that of a buffer.
             leaves = [jnp.copy(leaf) for leaf in leaves]
+        # A copy of what is NumPy's, as of the rows: the device may read it later.
+        leaves = [np.array(leaf) if type(leaf) is np.ndarray else leaf for leaf in leaves]
         written: Iterator[list[jax.Array]]
         if type(rows) is int:
             written = map(_write_slice, (arrays,), (rows,), (leaves,), (1,))
         elif type(rows) is range and rows.step == 1:
             written = map(_write_slice, (arrays,), (rows.start,), (leaves,), (len(rows),))
         else:
-            index = np.array(rows, np.intp)  # a copy, as of any value: the device may read it later
+            index = np.array(rows, np.intp)
             written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index),))
         if _config.jax_debug_nans or _config.jax_debug_infs:
             # Their checks come after the update, when the old arrays are gone.
@@ -229,11 +245,26 @@ class JaxBackend(Backend):
         if isinstance(cells.arrays()[0], jax.core.Tracer):
             cells.replace(iter([arrays]))
             raise _traced("written to")
-        if lent:
-            cells.take_back()
+        cells.take_back()
+
+    def _scatter_in_memory(self, cells: _Cells, rows: Rows, leaves: Sequence[Any]) -> bool:
+        """Write to the arrays' own memory, at once, where nobody can tell that from new arrays in place of these.
+
+        Nobody waits for what is still computed: XLA writes it then.
+        """
+        if not (self._is_host and cells.at_rest() and _is_untraced()):
+            return False
+        in_memory = cells.in_memory()
+        values = [leaf for leaf, own in zip(leaves, cells.classes) if type(leaf) is own]
+        if in_memory is None or not _are_ready(values):
+            return False
+        found = [np.asarray(leaf) if type(leaf) is own else leaf for leaf, own in zip(leaves, cells.classes)]
+        return moves.scatter(in_memory, rows, found)
 
     def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
         cells, lead = self.together(buffers), leading_shape(rows)
+        if self._scatter_in_memory(cells, rows, leaves):
+            return True
         if list(map(type, leaves)) != cells.classes:  # such as tracers, whose avals are those of arrays
             return False
         taken = lead, [leaf.aval for leaf in leaves]
@@ -260,8 +291,8 @@ class JaxBackend(Backend):
             raise _traced("written to")
         if library_of(value) == self.library:
             return self.move(value, dtype)
-        # A copy for the same reason; the compiled update sends all leaves to the device at once.
-        return np.array(to_numpy(value), dtype)
+        # The compiled update sends all leaves to the device at once.
+        return to_numpy(value).astype(dtype, copy=False)
 
     def move(self, array: jax.Array, dtype: Any) -> jax.Array:
         if array.dtype == dtype and array.devices() == {self._device}:
@@ -280,6 +311,7 @@ class JaxBackend(Backend):
 
     def put(self, array: jax.Array, places: Any, values: Any) -> jax.Array:
         held = _Held([array])
+        held.read = True
         self.scatter([_Cell(held, 0)], self.as_rows(places), [values])
         return held.arrays[0]
 
@@ -392,7 +424,11 @@ def _draw_permutation(key: jax.Array, high: int) -> tuple[jax.Array, jax.Array]:
     return following, jax.random.permutation(own, jnp.arange(high))
 
 
+_trace_state: Any = functools.partial(get_opaque_trace_state, convention="nnx")
+_OUTSIDE = _trace_state()
 _config: Any = jax.config  # whose types do not list the settings
+_is_deleted = operator.methodcaller("is_deleted")
+_is_ready = operator.methodcaller("is_ready")
 _exhaust = collections.deque[None](maxlen=0).extend
 
 
@@ -400,6 +436,17 @@ def _fits(leaf: jax.Array, array: jax.Array, lead: tuple[int, ...]) -> bool:
     """Whether a leaf is of the dtype of the buffer and the shape of the rows or of one item."""
     shape = array.shape[1:]
     return bool(leaf.dtype == array.dtype) and leaf.shape in (shape, lead + shape)
+
+
+def _are_ready(arrays: Sequence[jax.Array]) -> bool:
+    """Whether each of them is there, and computed."""
+    # JAX (0.4.35 to 0.10.2) does not survive being asked whether a deleted one is.
+    return not any(map(_is_deleted, arrays)) and all(map(_is_ready, arrays))
+
+
+def _is_untraced() -> bool:
+    """Whether no transformation of JAX is going on in this thread."""
+    return bool(_trace_state() == _OUTSIDE)
 
 
 def _traced(done: str) -> TypeError:
@@ -444,6 +491,14 @@ def _on_memory(address: int, array: jax.Array) -> NDArray[Any]:
 
 def _copied(arrays: list[Any]) -> list[jax.Array]:
     return [jnp.copy(array) for array in arrays]
+
+
+def _read(buffers: list[jax.Array], rows: Rows) -> Any:
+    if type(rows) is int:
+        return _read_one(buffers, rows)
+    if type(rows) is range and rows.step == 1:
+        return _read_slice(buffers, rows.start, len(rows))
+    return _read_rows(buffers, np.array(rows, np.intp))
 
 
 @jax.jit
