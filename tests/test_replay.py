@@ -148,6 +148,13 @@ class ReplayContract:
         assert buffer.nbytes == buffer.storage.nbytes
         assert buffer.data_spec == SPEC
 
+    def test_like_takes_the_spec_of_an_item(self) -> None:
+        buffer = ReplayBuffer.like(batch(3), CAPACITY, sampler=Recent(4), lanes=2, **self.options)
+        assert (buffer.data_spec, buffer.capacity, buffer.lanes, buffer.size) == (SPEC, CAPACITY, 2, 0)
+        assert buffer.backend is select_backend(**self.options)
+        buffer.extend(batch(np.arange(4)))
+        assert stamps_of(buffer.storage.get([0, 1, 2, 3])) == [0, 1, 2, 3]
+
     @pytest.mark.parametrize("counts", [(3, 4), (10,), (7, 7, 7), (3, 24), (0, 4, 0), (10, 10)], ids=str)
     def test_holds_the_newest(self, counts: tuple[int, ...]) -> None:
         buffer, total = self.make(), 0

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
 from anystore.convert import is_array, to_numpy
-from anystore.nests import Nest, label
+from anystore.nests import Nest, example_spec, label
 from anystore.plan import as_count
 from anystore.replay.draws import Draws, Usable
 from anystore.replay.feed import Batches
@@ -176,6 +176,21 @@ class ReplayBuffer:
         self._sampled = 0
         self._meter = Meter()
         _there.add(self)
+
+    @classmethod
+    def like(cls, item: Any, capacity: int, **options: Any) -> ReplayBuffer:
+        """A buffer of items like `item`, a nest of arrays of any library and Python numbers.
+
+        Parameters
+        ----------
+        item : nest of arrays and numbers
+            An example; it is not added.
+        capacity : int
+            How many items are kept.
+        **options
+            Those of the class.
+        """
+        return cls(example_spec(item), capacity, **options)
 
     def _renew_lock(self) -> None:
         self.lock = threading.RLock()
