@@ -337,6 +337,19 @@ class TestJax:
         store.select("b").buffers  # noqa: B018  # which hands it out
         assert is_new(lambda: store.select("a").set(index, value["a"])) == [True, False]
 
+    @pytest.mark.parametrize("dtype", ["bool", "complex64", "float16", "bfloat16", "float8_e5m2", "int4"])
+    def test_is_written_in_place_in_dtypes_of_whole_bytes(self, dtype):
+        """Of the others XLA has several numbers in a byte."""
+        pytest.importorskip("jax")
+        store = Storage(ArraySpec((3,), dtype), 4, backend="jax", device="cpu")
+        array = store._buffers[0].array
+        value = np.array([[1, 0, 1], [0, 1, 1]], store.data_spec.dtype)
+        store.set([1, 3], value)
+        assert (store._buffers[0].array is array) == (dtype != "int4")
+        assert (np.asarray(store.get([3, 1, 0])) == [value[1], value[0], np.zeros(3, value.dtype)]).all()
+        store.set(0, store.get(3))
+        assert (np.asarray(store.get(slice(0, 2))) == value[::-1]).all()
+
     @pytest.mark.parametrize("index", [1, slice(0, 2), [2, 1, 1]], ids=str)
     def test_a_write_waits_for_nothing(self, store, index, monkeypatch):
         """What is still computed, the value or the arrays, is written by XLA in its turn."""

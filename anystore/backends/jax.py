@@ -77,8 +77,8 @@ class _Cells(list[_Cell]):
         arrays = self.arrays()
         self.classes = [type(array) for array in arrays]
         self.row_nbytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays)
-        self.is_plain = not any(is_extension(array.dtype) for array in arrays)
-        """Whether NumPy has the same bytes for these dtypes; XLA may have packed those of ml_dtypes."""
+        self.is_plain = not any(_is_packed(array.dtype) for array in arrays)
+        """Whether NumPy has the same bytes for these dtypes."""
         self._found: tuple[list[int], list[NDArray[Any]]] = [], []
         self.taken: Any = None
         """What was last seen to fit: the leading shape and the avals of the leaves."""
@@ -436,6 +436,12 @@ def _fits(leaf: jax.Array, array: jax.Array, lead: tuple[int, ...]) -> bool:
     """Whether a leaf is of the dtype of the buffer and the shape of the rows or of one item."""
     shape = array.shape[1:]
     return bool(leaf.dtype == array.dtype) and leaf.shape in (shape, lead + shape)
+
+
+def _is_packed(dtype: np.dtype[Any]) -> bool:
+    """Whether XLA may have several numbers of the dtype in a byte, as of int4."""
+    info: Any = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return is_extension(dtype) and info(dtype).bits < 8
 
 
 def _are_ready(arrays: Sequence[jax.Array]) -> bool:
