@@ -384,6 +384,18 @@ class TestJax:
             store.set(index, value)
         assert store.get([0, 1, 2, 3])["b"].tolist() == [0, 1, 2, 3]
 
+    @pytest.mark.parametrize("index", [0, [], slice(0, 0)], ids=str)
+    def test_what_was_handed_out_stays_without_jit(self, store, index):
+        """Also where nothing is written, and JAX gives back the arrays that it was given."""
+        import jax
+
+        old = store.buffers
+        with jax.disable_jit():
+            store.set(index, store.get(index))
+        store.set(1, {"a": np.zeros(2, np.float32), "b": 7})
+        assert old["b"].is_deleted() or old["b"].tolist() == [0, 1, 2, 3]
+        assert store.get(...)["b"].tolist() == [0, 7, 2, 3]
+
     def test_large_reads_are_of_the_time_of_the_call(self):
         """Though XLA reads when it likes, and what is written after the call is written in place."""
         jax = pytest.importorskip("jax")

@@ -220,8 +220,41 @@ class JaxBackend(Backend):
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         cells = self.together(buffers)
-        if self._scatter_in_memory(cells, rows, leaves):
-            return
+        if not self._write_in_place(cells, rows, leaves):
+            self._replace(cells, rows, leaves)
+
+    def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
+        cells, lead = self.together(buffers), leading_shape(rows)
+        if self._write_in_place(cells, rows, leaves):
+            return True
+        if list(map(type, leaves)) != cells.classes:  # such as tracers, whose avals are those of arrays
+            return False
+        taken = lead, [leaf.aval for leaf in leaves]
+        if taken != cells.taken:
+            if not all(_fits(leaf, array, lead) for leaf, array in zip(leaves, cells.arrays())):
+                return False
+            cells.taken = taken
+        if not self._is_alone and any(leaf.devices() != {self._device} for leaf in leaves):
+            return False
+        self._replace(cells, rows, leaves)
+        return True
+
+    def _write_in_place(self, cells: _Cells, rows: Rows, leaves: Sequence[Any]) -> bool:
+        """Write to the arrays' own memory where nobody can tell that from new arrays in their place.
+
+        Whether the leaves fit need not be known; nobody waits for what is still computed.
+        """
+        if not (self._is_host and cells.at_rest() and _is_untraced()):
+            return False
+        in_memory = cells.in_memory()
+        values = [leaf for leaf, own in zip(leaves, cells.classes) if type(leaf) is own]
+        if in_memory is None or not _are_ready(values):
+            return False
+        found = [np.asarray(leaf) if type(leaf) is own else leaf for leaf, own in zip(leaves, cells.classes)]
+        return moves.scatter(in_memory, rows, found)
+
+    def _replace(self, cells: _Cells, rows: Rows, leaves: Sequence[Array]) -> None:
+        """Have XLA make the arrays anew, in the memory of those that there are."""
         arrays, lent = cells.arrays(), cells.lent()
         if lent:
             # Memory cannot be given away and read in one call, and there may be other arrays on that of a buffer.
@@ -245,37 +278,8 @@ class JaxBackend(Backend):
         if isinstance(cells.arrays()[0], jax.core.Tracer):
             cells.replace(iter([arrays]))
             raise _traced("written to")
-        cells.take_back()
-
-    def _scatter_in_memory(self, cells: _Cells, rows: Rows, leaves: Sequence[Any]) -> bool:
-        """Write to the arrays' own memory, at once, where nobody can tell that from new arrays in place of these.
-
-        Nobody waits for what is still computed: XLA writes it then.
-        """
-        if not (self._is_host and cells.at_rest() and _is_untraced()):
-            return False
-        in_memory = cells.in_memory()
-        values = [leaf for leaf, own in zip(leaves, cells.classes) if type(leaf) is own]
-        if in_memory is None or not _are_ready(values):
-            return False
-        found = [np.asarray(leaf) if type(leaf) is own else leaf for leaf, own in zip(leaves, cells.classes)]
-        return moves.scatter(in_memory, rows, found)
-
-    def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
-        cells, lead = self.together(buffers), leading_shape(rows)
-        if self._scatter_in_memory(cells, rows, leaves):
-            return True
-        if list(map(type, leaves)) != cells.classes:  # such as tracers, whose avals are those of arrays
-            return False
-        taken = lead, [leaf.aval for leaf in leaves]
-        if taken != cells.taken:
-            if not all(_fits(leaf, array, lead) for leaf, array in zip(leaves, cells.arrays())):
-                return False
-            cells.taken = taken
-        if not self._is_alone and any(leaf.devices() != {self._device} for leaf in leaves):
-            return False
-        self.scatter(cells, rows, leaves)
-        return True
+        if not any(map(operator.is_, cells.arrays(), arrays)):  # as where jit is disabled and nothing is to be written
+            cells.take_back()
 
     def from_numpy(self, array: NDArray[Any]) -> jax.Array:
         # A copy, since the device may share the memory and read it later, when its owner has changed it.
