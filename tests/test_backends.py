@@ -384,6 +384,25 @@ class TestJax:
             store.set(index, value)
         assert store.get([0, 1, 2, 3])["b"].tolist() == [0, 1, 2, 3]
 
+    @pytest.mark.parametrize("taken", [lambda store: store.buffers, lambda store: store.get(slice(0, 3))])
+    def test_a_value_may_be_changed_before_xla_reads_it(self, taken):
+        """It writes all leaves when the last of them is computed."""
+        jax = pytest.importorskip("jax")
+
+        @jax.jit
+        def later(number, matrix):
+            return number + 0 * jax.lax.fori_loop(0, 20, lambda _, power: power @ matrix * 1e-3, matrix)[0, 0]
+
+        spec = {"a": ArraySpec((3,), "float32"), "b": ArraySpec((), "float32")}
+        store = Storage(spec, 4, backend="jax", device="cpu")
+        numbers, matrix = jax.numpy.arange(20, dtype="float32"), jax.numpy.ones((600, 600))
+        for number in range(20):
+            _ = taken(store)
+            value = np.full(3, number, np.float32)
+            store.set(number % 4, {"a": value, "b": later(numbers[number], matrix)})
+            value[...] = -1
+            assert store.get(number % 4)["a"].tolist() == [number] * 3
+
     @pytest.mark.parametrize("index", [0, [], slice(0, 0)], ids=str)
     def test_what_was_handed_out_stays_without_jit(self, store, index):
         """Also where nothing is written, and JAX gives back the arrays that it was given."""

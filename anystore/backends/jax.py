@@ -256,18 +256,14 @@ class JaxBackend(Backend):
     def _replace(self, cells: _Cells, rows: Rows, leaves: Sequence[Array]) -> None:
         """Have XLA make the arrays anew, in the memory of those that there are."""
         arrays, lent = cells.arrays(), cells.lent()
-        if lent:
-            # Memory cannot be given away and read in one call, and there may be other arrays on that of a buffer.
-            leaves = [jnp.copy(leaf) for leaf in leaves]
-        # A copy of what is NumPy's, as of the rows: the device may read it later.
-        leaves = [np.array(leaf) if type(leaf) is np.ndarray else leaf for leaf in leaves]
+        leaves = [_kept(leaf, lent) for leaf in leaves]
         written: Iterator[list[jax.Array]]
         if type(rows) is int:
             written = map(_write_slice, (arrays,), (rows,), (leaves,), (1,))
         elif type(rows) is range and rows.step == 1:
             written = map(_write_slice, (arrays,), (rows.start,), (leaves,), (len(rows),))
         else:
-            index = np.array(rows, np.intp)
+            index = np.array(rows, np.intp)  # a copy, as of what is NumPy's among the leaves
             written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index),))
         if _config.jax_debug_nans or _config.jax_debug_infs:
             # Their checks come after the update, when the old arrays are gone.
@@ -440,6 +436,14 @@ def _fits(leaf: jax.Array, array: jax.Array, lead: tuple[int, ...]) -> bool:
     """Whether a leaf is of the dtype of the buffer and the shape of the rows or of one item."""
     shape = array.shape[1:]
     return bool(leaf.dtype == array.dtype) and leaf.shape in (shape, lead + shape)
+
+
+def _kept(leaf: Array, lent: bool) -> Array:
+    """A leaf that stays as it is until XLA reads it; `lent` is whether it may be on the memory that is written to."""
+    if type(leaf) is np.ndarray:
+        return np.array(leaf)  # by NumPy: JAX reads what it copies later, too
+    # Memory cannot be given away and read in one call.
+    return jnp.copy(leaf) if lent else leaf
 
 
 def _is_packed(dtype: np.dtype[Any]) -> bool:
