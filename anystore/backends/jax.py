@@ -1,4 +1,4 @@
-"""JAX, on the CPU, a GPU or a TPU: immutable arrays, updated in place by giving them away."""
+"""JAX, on the CPU, a GPU or a TPU: immutable arrays, updated in place where nobody can tell, or by giving them away."""
 
 from __future__ import annotations
 
