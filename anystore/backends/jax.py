@@ -66,14 +66,13 @@ class _Cell:
 
 
 class _Cells(list[_Cell]):
-    """The places of a storage, or of a selection."""
+    """The places of a storage, or of a selection: of the same arrays, all of them or a part."""
 
     def __init__(self, cells: Sequence[_Cell]) -> None:
         super().__init__(cells)
-        held, places = cells[0].held, [(cell.held, cell.position) for cell in cells]
-        self.whole = held if places == [(held, position) for position in range(len(held.arrays))] else None
-        """The arrays that these are all the places of; None for a part of them."""
-        self.held = held
+        self.held = cells[0].held
+        self._positions = [cell.position for cell in cells]
+        self._is_whole = self._positions == list(range(len(self.held.arrays)))
         arrays = self.arrays()
         self.classes = [type(array) for array in arrays]
         self.row_nbytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays)
@@ -84,7 +83,7 @@ class _Cells(list[_Cell]):
         """What was last seen to fit: the leading shape and the avals of the leaves."""
 
     def arrays(self) -> list[jax.Array]:
-        return [cell.array for cell in self] if self.whole is None else self.whole.arrays
+        return self.held.arrays if self._is_whole else [cell.array for cell in self]
 
     def in_memory(self) -> list[NDArray[Any]] | None:
         """NumPy arrays on the memory of these, which is main memory, until XLA writes to them; None while it does.
@@ -100,7 +99,7 @@ class _Cells(list[_Cell]):
         return self._found[1]
 
     def lent(self) -> bool:
-        return any(cell.lent for cell in self) if self.whole is None else self.whole.lent
+        return self.held.lent if self._is_whole else any(cell.lent for cell in self)
 
     def at_rest(self) -> bool:
         """Whether nobody else has one of these or may still be reading from one."""
@@ -110,8 +109,8 @@ class _Cells(list[_Cell]):
         """Now that there are others: what was handed out, and what is read from, is none of these."""
         for cell in self:
             cell.lent = False
-        if self.whole is not None:
-            self.whole.lent = self.whole.read = False
+        if self._is_whole:
+            self.held.lent = self.held.read = False
 
     def replace(self, written: Iterator[list[jax.Array]]) -> None:
         """Have the arrays that the one item of `written` is, once it is made, in place of those that it gives away.
@@ -119,11 +118,11 @@ class _Cells(list[_Cell]):
         No signal is handled between the two, as it would be after a call: an interrupt comes before the old arrays are
         gone or when the new ones are there.
         """
-        if self.whole is not None:
-            (self.whole.arrays,) = written
+        if self._is_whole:
+            (self.held.arrays,) = written
         else:
-            lists, positions = [cell.held.arrays for cell in self], [cell.position for cell in self]
-            _exhaust(map(operator.setitem, lists, positions, itertools.chain.from_iterable(written)))
+            there, made = itertools.repeat(self.held.arrays), itertools.chain.from_iterable(written)
+            _exhaust(map(operator.setitem, there, self._positions, made))
 
 
 class JaxBackend(Backend):
