@@ -21,6 +21,11 @@ def is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def as_array(value: Any) -> Any:
+    """`value` if it is an array, of whatever library, and else a NumPy array of it."""
+    return value if is_array(value) else np.asarray(value)
+
+
 def library_of(value: Any) -> str:
     """The package that the class of `value` comes from; for a class of the user's own, that of its array library."""
     cls: Any = type(value)

@@ -182,9 +182,8 @@ class JaxBackend(Backend):
         return native
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Cell:
-        limit = np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max
-        if shape[0] > limit:
-            raise ValueError(f"JAX counts rows in 32 bits, up to {limit}, unless jax_enable_x64 is set")
+        if shape[0] > _largest_integer():
+            raise ValueError(f"JAX counts rows in 32 bits, up to {_largest_integer()}, unless jax_enable_x64 is set")
         with jax.default_device(self._device):
             return _Cell(_Held([jax.device_put(jnp.zeros(shape, dtype), self._device)]), 0)
 
@@ -273,7 +272,8 @@ class JaxBackend(Backend):
         if isinstance(cells.arrays()[0], jax.core.Tracer):
             cells.replace(iter([arrays]))
             raise _traced("written to")
-        if not any(map(operator.is_, cells.arrays(), arrays)):  # as where jit is disabled and nothing is to be written
+        # They are the same where jit is disabled and nothing is to be written.
+        if not cells.at_rest() and not any(map(operator.is_, cells.arrays(), arrays)):
             cells.take_back()
 
     def from_numpy(self, array: NDArray[Any]) -> jax.Array:
@@ -310,7 +310,7 @@ class JaxBackend(Backend):
 
     def put(self, array: jax.Array, places: Any, values: Any) -> jax.Array:
         held = _Held([array])
-        held.read = True
+        held.read = True  # for all that is known here
         self.scatter([_Cell(held, 0)], self.as_rows(places), [values])
         return held.arrays[0]
 
@@ -345,7 +345,7 @@ class JaxRandom(Random):
 
     def _integers(self, high: int, count: int) -> jax.Array:
         if high > 2**31:
-            most = int(np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max) + 1
+            most = _largest_integer() + 1
             if high > most:
                 raise ValueError(
                     f"expected at most {most} integers to draw from, found {high}; jax_enable_x64 allows more"
@@ -435,6 +435,10 @@ def _fits(leaf: jax.Array, array: jax.Array, lead: tuple[int, ...]) -> bool:
     """Whether a leaf is of the dtype of the buffer and the shape of the rows or of one item."""
     shape = array.shape[1:]
     return bool(leaf.dtype == array.dtype) and leaf.shape in (shape, lead + shape)
+
+
+def _largest_integer() -> int:
+    return int(np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max)
 
 
 def _kept(leaf: Array, lent: bool) -> Array:

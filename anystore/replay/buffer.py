@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
-from anystore.convert import is_array, to_numpy
+from anystore.convert import as_array, is_array, to_numpy
 from anystore.nests import Nest, example_spec, label
 from anystore.plan import as_count
 from anystore.replay.draws import Draws, Usable
@@ -36,7 +36,7 @@ from anystore.values import Casting
 AtEnd = Literal["cross", "pad", "whole"]
 
 _LOOKED_AT = 1 << 16
-"""Stats are of the priorities of so many items at most, spread evenly over all."""
+"""So many items are looked at in one go: for stats, spread evenly over all; by a pass, unless a batch is larger."""
 
 
 class Sample(NamedTuple):
@@ -772,7 +772,7 @@ class ReplayBuffer:
 
     def _as_numbers(self, rows: Any) -> Array:
         """Running numbers as a user gave them, on the device."""
-        array = rows if is_array(rows) else np.asarray(rows)
+        array = as_array(rows)
         if array.shape == (0,) and isinstance(rows, (list, tuple)):
             array = array.astype(np.intp)
         if len(array.shape) != 1 or as_dtype(array.dtype).kind not in "iu":

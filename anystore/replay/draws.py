@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
-from anystore.convert import is_array, library_of, to_numpy
+from anystore.convert import as_array, is_array, library_of, to_numpy
 from anystore.replay.samplers import Prioritized, Sampler
 from anystore.specs import as_dtype
 
@@ -176,7 +176,7 @@ class Draws:
 
     def _checked_chances(self, found: Any, count: int) -> NDArray[Any]:
         """The chances of all items, if a sampler of the user's own finds such."""
-        chances: NDArray[Any] = to_numpy(found) if is_array(found) else np.asarray(found)
+        chances = to_numpy(as_array(found))
         if chances.shape != (count,) or not (np.isfinite(chances) & (chances >= 0)).all():
             raise ValueError(
                 f"expected {count} finite chances of 0 or more from {type(self._sampler).__name__}.chances, found "

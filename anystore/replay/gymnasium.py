@@ -14,7 +14,7 @@ from array_api_compat import array_namespace, device
 from numpy.typing import DTypeLike, NDArray
 
 from anystore.backends.base import Array
-from anystore.convert import is_array, to_numpy
+from anystore.convert import as_array, is_array, to_numpy
 from anystore.nests import Nest, children, label, map_leaves
 from anystore.replay.buffer import ReplayBuffer, shape_of
 from anystore.specs import ArraySpec, as_dtype, kind_of, understand
@@ -228,8 +228,8 @@ class Recorder:
             if self._obs is None:
                 raise ValueError("no environment was reset so far; reset all of them first, without lanes=")
             leaves = [
-                _with_rows(old, chosen, [(new if is_array(new) else np.asarray(new))[lane, ...] for lane in chosen])
-                for old, new in zip(self._obs, leaves)
+                _with_rows(old, chosen, [new[lane, ...] for lane in chosen.tolist()])
+                for old, new in zip(self._obs, map(as_array, leaves))
             ]
         # At first all: what is in the buffer already, of an earlier program or another environment, is over.
         broken = self._all if self._obs is None else chosen[self._length[chosen] > 0]
@@ -431,7 +431,7 @@ def _gymnasium_knows_no_other() -> bool:
 
 
 def _host(value: Any) -> NDArray[Any]:
-    return to_numpy(value) if is_array(value) else np.asarray(value)
+    return to_numpy(as_array(value))
 
 
 def _copy(leaf: Any) -> Any:
