@@ -57,6 +57,11 @@ class Numbers:
             raise ZeroDivisionError(f"sample {number}")
         return Drawn({"x": np.full(batch_size, number)}, np.arange(batch_size))
 
+    def one_pass(self, batch_size, **options):
+        """Three samples."""
+        for _ in range(3):
+            yield self.sample(batch_size, **options)
+
     def assert_no_thread_is_left(self):
         for thread in self.threads - {threading.current_thread()}:
             thread.join(WAIT)
@@ -174,10 +179,30 @@ class TestBatches:
         gc.collect()
         buffer.assert_no_thread_is_left()
 
+    @pytest.mark.parametrize(("passes", "count", "expected"), [(0, None, 0), (1, None, 3), (2, None, 6), (2, 4, 4)])
+    def test_passes(self, prefetch, passes, count, expected):
+        buffer = Numbers()
+        batches = Batches(buffer, 3, prefetch=prefetch, passes=passes, count=count, num_steps=8)
+        assert buffer.drawn == 0
+        assert numbers_of(batches) == list(range(expected))
+        assert list(batches) == []
+        assert buffer.options == ({"num_steps": 8} if expected else {})
+        buffer.assert_no_thread_is_left()
+
+    @pytest.mark.parametrize("fail_at", [0, 4])
+    def test_an_exception_ends_all_passes(self, prefetch, fail_at):
+        buffer, found = Numbers(fail_at), []
+        batches = Batches(buffer, 3, prefetch=prefetch, passes=3)
+        with pytest.raises(ZeroDivisionError, match=f"^sample {fail_at}$"):
+            found.extend(iter(lambda: numbers_of([next(batches)]), None))
+        assert found == [[number] for number in range(fail_at)]
+        assert list(batches) == []
+
     @pytest.mark.parametrize(
         ("options", "text"),
         [
             ({"count": -1}, "expected count to be an int of 0 or more, found -1"),
+            ({"passes": -1}, "expected passes to be an int of 0 or more, found -1"),
             ({"to": "nunpy"}, "expected a library among numpy, torch, jax, tensorflow, cupy, found 'nunpy'"),
         ],
     )
@@ -459,6 +484,31 @@ class TestReplayBuffer:
             assert sample.mask is sample.discounts is None
             assert buffer.update_priorities(sample.rows, sample.weights) == 8
 
+    @pytest.mark.parametrize("prefetch", [0, 2])
+    @pytest.mark.parametrize("backend", ["numpy", "torch", "jax", "array_api_strict"])
+    def test_passes(self, backend, prefetch):
+        pytest.importorskip(backend)
+        batches = filled(backend).batches(40, passes=2, prefetch=prefetch, to="numpy")
+        samples = [sorted(to_numpy(sample.rows).tolist()) for sample in batches]
+        assert [len(rows) for rows in samples] == [40, 40, 20] * 2
+        first, second = (sorted(itertools.chain(*samples[start : start + 3])) for start in (0, 3))
+        assert first == second == list(range(100, 200))
+        assert samples[:3] != samples[3:]
+
+    @pytest.mark.parametrize("prefetch", [0, 2])
+    def test_several_learners_share_passes(self, prefetch):
+        batches, found = filled("numpy").batches(1, passes=5, prefetch=prefetch), []
+
+        def learn():
+            found.extend(int(sample.rows[0]) for sample in batches)
+
+        learners = [threading.Thread(target=learn) for _ in range(4)]
+        for learner in learners:
+            learner.start()
+        for learner in learners:
+            learner.join(WAIT)
+        assert sorted(found) == sorted(list(range(100, 200)) * 5)
+
     def test_empty(self):
         batches = Batches(ReplayBuffer(SPEC, 100), 8)
         with pytest.raises(ValueError, match="^the buffer is empty; add items before sampling$"):
@@ -489,6 +539,14 @@ class TestTorchDataset:
         assert buffer.drawn == 8
         assert buffer.options == {"num_steps": 2}
         buffer.assert_no_thread_is_left()
+
+    def test_each_loop_is_a_pass(self):
+        buffer = ReplayBuffer(SPEC, 100)
+        buffer.extend(batch(np.arange(100)))
+        loader = self.loader(torch_dataset(buffer, 32, passes=1))
+        for _ in range(2):
+            rows = [row for sample in loader for row in to_numpy(sample.rows).tolist()]
+            assert sorted(rows) == list(range(100))
 
     def test_without_a_loader_and_in_numpy(self):
         samples = iter(torch_dataset(Numbers(), 3, to="numpy"))

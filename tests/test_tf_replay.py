@@ -95,6 +95,14 @@ def test_through_the_pipeline_of_tensorflow():
         assert ((stamps.numpy() >= 100) & (stamps.numpy() < 200)).all()
 
 
+def test_each_loop_is_a_pass():
+    dataset = tf_dataset(filled(), 32, passes=1)
+    for _ in range(2):
+        rows = [element["rows"].numpy() for element in dataset]
+        assert [len(each) for each in rows] == [32, 32, 32, 4]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(100, 200))
+
+
 def test_no_thread_is_left():
     buffer, threads = filled(), set()
     sample = buffer.sample
@@ -125,6 +133,8 @@ def test_an_exception_is_passed_on():
 def test_an_empty_buffer():
     with pytest.raises(ValueError, match="the buffer is empty"):
         tf_dataset(ReplayBuffer(STAMPED, 100), 8)
+    with pytest.raises(ValueError, match="^expected at least one batch, from which the shapes and dtypes are read"):
+        tf_dataset(filled(), 8, passes=0)
 
 
 @pytest.mark.parametrize("name", ["to", "copy"])

@@ -586,7 +586,8 @@ class ReplayBuffer:
         """Every item, or window, that can be sampled now, once, in random order; the last batch may be smaller.
 
         Takes what `sample` takes; the sampler has no part in it. Items that are overwritten before their turn has come
-        are left out, as are those that begin no such window, even if that leaves none.
+        are left out, as are those that begin no such window, even if that leaves none. With `batches` a thread draws
+        ahead (``passes=1``).
 
         Raises
         ------
@@ -712,17 +713,18 @@ class ReplayBuffer:
         copy: bool | None = None,
         device: Any = None,
         count: int | None = None,
+        passes: int | None = None,
         **options: Any,
     ) -> Batches:
-        """Samples without end, drawn ahead on a thread while the learner works.
+        """Samples without end, or all items in so many passes, drawn ahead on a thread while the learner works.
 
         Parameters
         ----------
         batch_size : int
             How many items each has.
-        prefetch, to, copy, device, count
+        prefetch, to, copy, device, count, passes
             As for `Batches`: how many are drawn ahead, in the arrays of which library and on which device they are
-            handed over, and how many there are.
+            handed over, how many there are, and how many times `one_pass` is to go through the buffer instead.
         **options
             Those of `sample`.
 
@@ -732,7 +734,9 @@ class ReplayBuffer:
             An iterator of `Sample`.
         """
         batch_size = as_count("batch_size", batch_size)
-        return Batches(self, batch_size, prefetch=prefetch, to=to, copy=copy, device=device, count=count, **options)
+        return Batches(
+            self, batch_size, prefetch=prefetch, to=to, copy=copy, device=device, count=count, passes=passes, **options
+        )
 
     def update_priorities(self, rows: Array, priorities: Any) -> int:
         """Give items that were sampled new priorities; those that are gone since are left out.

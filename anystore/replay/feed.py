@@ -1,7 +1,7 @@
 """Batches for a learner: sampled ahead on a thread, and handed over in the arrays that the learner works with.
 
-All that is asked of a buffer is a method ``sample(batch_size, **options)``. If it has a `backend` as well, the thread
-works on the stream that is current where the learner is.
+All that is asked of a buffer is a method ``sample(batch_size, **options)``, for passes ``one_pass`` of the same
+arguments. If it has a `backend` as well, the thread works on the stream that is current where the learner is.
 """
 
 from __future__ import annotations
@@ -51,13 +51,17 @@ class Batches(Iterator[Any]):
         As in `to_library`, with `to`: where to hand the arrays over, by default where the buffer has them.
     count : int, optional
         How many batches there are; None for no end.
+    passes : int, optional
+        How often every item comes once, in the batches of ``buffer.one_pass``, of which the last one may be smaller.
+        None stands for samples.
     **options
         The other arguments of `sample`.
 
     Raises
     ------
     ValueError
-        If `prefetch` or `count` is no integer of 0 or more, `to` is no library that is known or lacks the device.
+        If `prefetch`, `count` or `passes` is no integer of 0 or more, `to` is no library that is known or lacks the
+        device.
     ImportError
         If the library is not installed.
     TypeError
@@ -103,12 +107,16 @@ class Batches(Iterator[Any]):
         copy: bool | None = None,
         device: Any = None,
         count: int | None = None,
+        passes: int | None = None,
         **options: Any,
     ) -> None:
         prefetch = as_count("prefetch", prefetch, 0)
         turns = itertools.repeat(None) if count is None else itertools.repeat(None, as_count("count", count, 0))
-        inspect.signature(buffer.sample).bind(batch_size, **options)  # refuses what `sample` does not take, at once
-        draw: Callable[[], Any] = functools.partial(buffer.sample, batch_size, **options)
+        method = buffer.sample if passes is None else buffer.one_pass
+        inspect.signature(method).bind(batch_size, **options)  # refuses what `sample` does not take, at once
+        draw: Callable[[], Any] = functools.partial(method, batch_size, **options)
+        if passes is not None:
+            draw = _Passes(draw, as_count("passes", passes, 0))
         self._hand_over: Callable[[Any], Any] | None = None
         if to is None and device is not None:
             raise ValueError(f"expected to= with device={device!r}: the library whose arrays to hand over there")
@@ -145,6 +153,18 @@ class Batches(Iterator[Any]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Passes:
+    """The batches of several passes, one at each call; after the last one `StopIteration` is raised."""
+
+    def __init__(self, begin: Callable[[], Iterator[Any]], count: int) -> None:
+        self._batches = itertools.chain.from_iterable(begin() for _ in range(count))
+        self._lock = threading.Lock()  # which an iterator lacks
+
+    def __call__(self) -> Any:
+        with self._lock:
+            return next(self._batches)
 
 
 class _InTurn:
@@ -362,6 +382,8 @@ def tf_dataset(buffer: Any, batch_size: int, **options: Any) -> Any:
         If TensorFlow is not installed.
     TypeError
         If an option is `to`, `copy` or `device`.
+    ValueError
+        If there is nothing to sample, or nothing in a pass.
 
     Notes
     -----
@@ -372,10 +394,18 @@ def tf_dataset(buffer: Any, batch_size: int, **options: Any) -> Any:
             raise TypeError(f"a tf.data.Dataset copies into tensors of its own; {name}= has no place here")
     tf = _import("tensorflow", "tensorflow")
     with Batches(buffer, batch_size, **{**options, "prefetch": 0, "count": 1}) as first:
-        structure = _as_tf_nest(_given(next(first)))
+        samples = list(first)
+    if not samples:
+        raise ValueError("expected at least one batch, from which the shapes and dtypes are read, found none")
+    structure = _as_tf_nest(_given(samples[0]))
+
+    def spec(array: Any) -> Any:
+        shape = array.shape if options.get("passes") is None else (None, *array.shape[1:])  # the last may be smaller
+        return tf.TensorSpec(shape, array.dtype)
+
     return tf.data.Dataset.from_generator(
         lambda: (_as_tf_nest(_given(sample)) for sample in Batches(buffer, batch_size, **options)),
-        output_signature=tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), structure),
+        output_signature=tf.nest.map_structure(spec, structure),
     )
 
 
