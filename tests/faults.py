@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from anystore.snapshot import files
+from anystore.snapshot import blocks, files
 
 CALLS = ("create", "write", "truncate", "fsync", "close", "sync_directory", "replace", "unlink", "mkdir")
 
@@ -36,6 +36,11 @@ def do_not_wait(set_attribute: Callable[[Any, str, Any], object]) -> None:
     """Have nothing fsynced: what a killed process wrote is there all the same, and it takes the time of these tests."""
     set_attribute(files, "fsync", lambda fd: None)
     set_attribute(files, "sync_directory", lambda path: None)
+
+
+def write_in_small_blocks(set_attribute: Callable[[Any, str, Any], object]) -> None:
+    """Have the few bytes of these tests written in many calls, by the thread of `Blocks`."""
+    set_attribute(blocks, "BLOCK", 64)
 
 
 def count_calls(action: Callable[[], object]) -> int:

@@ -16,7 +16,15 @@ import pytest
 from anystore import SnapshotError, Storage, load
 from anystore.snapshot import files
 from anystore.snapshot.manifest import MANIFEST, read_manifest
-from tests.faults import FailingCalls, Machine, calls_go_through, chances, count_calls, do_not_wait
+from tests.faults import (
+    FailingCalls,
+    Machine,
+    calls_go_through,
+    chances,
+    count_calls,
+    do_not_wait,
+    write_in_small_blocks,
+)
 from tests.items import SPEC as ITEMS
 from tests.items import assert_same, leaves
 from tests.items import batch as items
@@ -28,8 +36,9 @@ KEPT = [0, 2]
 
 
 @pytest.fixture(autouse=True)
-def _unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     do_not_wait(monkeypatch.setattr)
+    write_in_small_blocks(monkeypatch.setattr)
 
 
 def batch(stamps: Any) -> Any:
@@ -171,10 +180,11 @@ def test_killed_at_each_call(tmp_path: Path) -> None:
     import os, shutil, signal, sys
     from pathlib import Path
     from anystore import load
-    from tests.faults import Killed, calls_go_through, count_calls, do_not_wait
+    from tests.faults import Killed, calls_go_through, count_calls, do_not_wait, write_in_small_blocks
     from tests.test_snapshot_faults import content, expected_names, names, saved
 
     do_not_wait(setattr)
+    write_in_small_blocks(setattr)
     root = Path(sys.argv[1])
     for keep in (0, 2):
         for rebase in (False, True):

@@ -18,6 +18,9 @@ LOCK = "anystore.lock"
 """The file that a writer holds a lock on; it is never removed, since two could then hold locks on two of them."""
 
 
+_DIRECT: int = getattr(os, "O_DIRECT", 0)  # which only some systems have
+
+
 class SnapshotError(ValueError):
     """A snapshot is damaged, is none, does not fit, or is being written by another; the message names the file."""
 
@@ -33,10 +36,27 @@ def create(path: Path) -> int:
 
 
 def write(fd: int, data: Any) -> None:
-    """Write all of the bytes."""
+    """Write all of the bytes; what cannot pass by the system's cache goes through it."""
     view = memoryview(data)
     while view.nbytes:
-        view = view[os.write(fd, view) :]
+        try:
+            view = view[os.write(fd, view) :]
+        except OSError as error:
+            if error.errno != errno.EINVAL or not passes_by_cache(fd):
+                raise
+            pass_by_cache(fd, False)
+
+
+def pass_by_cache(fd: int, wanted: bool) -> None:
+    """Have what is written to a file pass by the system's cache, if that can be, or not any more."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | _DIRECT if wanted else flags & ~_DIRECT)
+
+
+def passes_by_cache(fd: int) -> bool:
+    """Whether what is written to a file passes by the system's cache."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & _DIRECT)
 
 
 def truncate(fd: int, nbytes: int) -> None:

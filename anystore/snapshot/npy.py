@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.snapshot import files
+from anystore.snapshot.blocks import Blocks
 from anystore.snapshot.files import SnapshotError
 from anystore.specs import is_extension
 
@@ -29,7 +30,7 @@ PIECE = 1 << 22
 ROWS = 1 << 18
 """The rows that are on the way at a time."""
 THREADS = 3
-"""That read and take checksums: what they do takes as long as the copy itself."""
+"""That read and take checksums, which takes as long as reading."""
 AHEAD = 6
 """The pieces that may be worked on, besides the one that is looked at."""
 
@@ -120,7 +121,7 @@ def write_npy(
     dtype: np.dtype[Any],
     pieces: Iterable[NDArray[Any]],
     advance: Callable[[int], None],
-    threads: ThreadPoolExecutor,
+    blocks: Blocks,
 ) -> int:
     """Write a new file, wait until it is on the disk, and return its CRC-32.
 
@@ -129,25 +130,22 @@ def write_npy(
     pieces : iterable of arrays
         What the file holds, one after the other, each of any shape and of `dtype`.
     advance : callable
-        Called with the number of bytes of each piece that was written.
+        Called with the number of bytes of each piece that is on its way.
     """
-    lead = header(shape, stored_dtype(dtype))
-    checksum = _Checksum(threads, lead)
+
+    def content() -> Iterator[NDArray[np.uint8]]:
+        yield np.frombuffer(header(shape, stored_dtype(dtype)), np.uint8)
+        for piece in pieces:
+            yield as_bytes(piece)
+            advance(piece.nbytes)
+
     fd = files.create(path)
     try:
-        files.write(fd, lead)
-        for piece in pieces:
-            data = as_bytes(piece)
-            checksum.add(functools.partial(zlib.crc32, memoryview(data)), len(data))  # type: ignore[arg-type]
-            files.write(fd, data)
-            checksum.wait(AHEAD)
-            advance(len(data))
+        checksum = blocks.write(fd, content())
         files.fsync(fd)
-        checksum.wait()
     finally:
-        checksum.abandon()
         files.close(fd)
-    return checksum.value
+    return checksum
 
 
 class NpyFile:
@@ -259,13 +257,13 @@ class NpyFile:
 
     def _fill(self, fd: int, rows: range, data: NDArray[np.uint8]) -> int:
         """Read rows into memory, and return the CRC-32 of their bytes."""
-        view, place = memoryview(data), self.offset + rows.start * self.row_nbytes  # type: ignore[arg-type]
+        view, place = data.data, self.offset + rows.start * self.row_nbytes
         while view.nbytes:
             count = os.preadv(fd, [view], place)
             if count == 0:
                 raise SnapshotError(f"{self.path}: ended while it was read")
             view, place = view[count:], place + count
-        return zlib.crc32(data)  # type: ignore[arg-type]  # which it takes
+        return zlib.crc32(data.data)
 
     def _compare(self, found: int) -> None:
         if self.crc32 is not None and found != self.crc32:

@@ -6,7 +6,6 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.plan import as_count
+from anystore.snapshot.blocks import Blocks
 from anystore.snapshot.changes import Changes
 from anystore.snapshot.described import describe
 from anystore.snapshot.directory import (
@@ -29,7 +29,7 @@ from anystore.snapshot.directory import (
     undone_on_error,
 )
 from anystore.snapshot.manifest import MANIFEST, ArrayEntry, File, Layer, Manifest, StorageEntry
-from anystore.snapshot.npy import ROWS, THREADS, as_bytes, rows_at_a_time, write_npy
+from anystore.snapshot.npy import ROWS, as_bytes, rows_at_a_time, write_npy
 from anystore.snapshot.progress import Callback, Progress
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ def _with_files(
     """The manifest that names the files of what is to be written, once they are there."""
     rows_nbytes = sum(rows.count * entry.row_nbytes for entry, rows in plans.values())
     total = rows_nbytes + sum(array.nbytes for array in arrays.values())
-    with Progress("saving", total, callback) as progress, ThreadPoolExecutor(THREADS) as threads:
-        draft = _Draft(path, manifest.version, progress, threads)
+    with Progress("saving", total, callback) as progress, Blocks() as blocks:
+        draft = _Draft(path, manifest.version, progress, blocks)
         entries = {name: draft.add_layer(name, storages[name], entry, rows) for name, (entry, rows) in plans.items()}
         added = {name: draft.add_array(name, array) for name, array in arrays.items()}
     return replace(manifest, storages=entries, arrays=added)
@@ -203,11 +203,11 @@ def _with_files(
 class _Draft:
     """The files of a version that no manifest names yet."""
 
-    def __init__(self, path: Path, version: int, progress: Progress, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, path: Path, version: int, progress: Progress, blocks: Blocks) -> None:
         self._path = path
         self._version = version
         self._progress = progress
-        self._threads = threads
+        self._blocks = blocks
         self._taken: set[str] = set()
 
     def add_layer(self, name: str, storage: Storage, entry: StorageEntry, rows: _Rows) -> StorageEntry:
@@ -235,4 +235,4 @@ class _Draft:
 
     def _write(self, parts: Sequence[str], shape: Any, dtype: Any, pieces: Any, advance: Any) -> File:
         name = file_name(self._version, parts, self._taken)
-        return File(name, write_npy(self._path / name, shape, dtype, pieces, advance, self._threads))
+        return File(name, write_npy(self._path / name, shape, dtype, pieces, advance, self._blocks))
