@@ -264,11 +264,12 @@ typedef struct {
         memcpy(reading ? other : row, reading ? row : other, (size_t)(WIDTH));                           \
     }
 
-/* Past the caches: a write through them would first fetch the memory that it overwrites. */
+/* Past the caches: a write through them would first fetch the memory that it overwrites. Of any size: the last chunk of
+ * a task may be a byte. */
 static void copy_past_caches(char *to, const char *from, size_t size)
 {
 #ifdef __SSE2__
-    size_t i = -(uintptr_t)to % 16;
+    size_t to_line = -(uintptr_t)to % 16, i = to_line < size ? to_line : size;
     memcpy(to, from, i);
     for (; i + 64 <= size; i += 64) {
         const __m128i *source = (const __m128i *)(from + i);

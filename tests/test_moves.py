@@ -22,6 +22,8 @@ from hypothesis.extra import numpy as hnp
 from anystore import moves
 
 CAPACITY = 6
+BYTES_PER_CHUNK = 1 << 18
+"""What a thread takes at a time."""
 
 
 def plain_moves() -> ModuleType:
@@ -329,6 +331,29 @@ class TestLargeBatches:
                 expected[np.asarray(rows)] = value
                 np.testing.assert_array_equal(stored, expected)
         assert memory[0] == 0
+
+    @pytest.mark.parametrize("rest", [1, 2, 15, 16, 17, 63, 64, 65])
+    def test_what_is_left_for_the_last_thread_may_be_a_byte(self, rest):
+        """What it takes past the caches is that byte, wherever it is."""
+        stored, count = np.zeros(40 << 20, np.uint8), 3 * BYTES_PER_CHUNK + rest
+        value = np.random.default_rng(rest).integers(1, 256, count, np.uint8)
+        for start in range(2, 18):
+            assert moves.scatter([stored], range(start, start + count), [value])
+            np.testing.assert_array_equal(stored[start : start + count], value)
+            assert not stored[:start].any()
+            assert not stored[start + count : start + count + 4096].any()
+            stored[: count + 64] = 0
+
+    def test_what_is_read_last_may_be_a_byte(self):
+        """Of a leaf beside a wider one, into memory that was last used long ago."""
+        record = [np.arange(6 << 20, dtype=np.float32).reshape(-1, 3), np.arange(2 << 20).astype(np.uint8)]
+        in_a_chunk = BYTES_PER_CHUNK // 13
+        alive = collections.deque(maxlen=4)
+        for rest in range(1, 33):
+            count = 65 * in_a_chunk + rest  # of which the last does not begin where a line does
+            alive.append(moves.gather(record, range(count)))
+            for leaf, found in zip(record, alive[-1], strict=True):
+                np.testing.assert_array_equal(found, leaf[:count])
 
     def test_two_readers_wait_for_nobody_else_s_helpers(self):
         stored = np.zeros((64, 1_500_000), np.uint8)
