@@ -119,9 +119,10 @@ class ReplayBuffer:
     things as one, and to read `storage`; `size` and `total_added` may be read at any time. What a sample holds is a
     copy that nobody changes.
 
-    A write that is refused changes nothing. In a process that was forked off while a thread was writing, the buffer may
-    hold the half of what it wrote; with a disk for its device (`select_backend`) it must not be used at all in one of
-    the two.
+    A write that is refused changes nothing. One that is interrupted, or for which the memory runs out, is there as a
+    whole or not at all, but may cost the oldest items, which it was to overwrite. In a process that was forked off
+    while a thread was writing, the buffer may hold the half of what it wrote; with a disk for its device
+    (`select_backend`) it must not be used at all in one of the two.
 
     Examples
     --------
@@ -383,8 +384,13 @@ class ReplayBuffer:
             return
         try:
             with self.lock, self._on_device():
-                self._layout.write_one(item)
-                self._advance(1)
+                total = self._ring.total + 1
+                try:
+                    self._layout.write_one(item)
+                    self._advance(1)
+                except BaseException as error:
+                    self._mend(error, total)
+                    raise
         except ValueError as error:
             if not self._looks_like_a_batch(item):
                 raise
@@ -413,17 +419,36 @@ class ReplayBuffer:
                 of_items = self._lanes.of_batch(count, lanes)
                 in_turn = self._lanes.count if of_items is None else len(of_items)
                 for part, number in self._layout.parts_of(batch, count, in_turn):
-                    self._layout.write(part, number, of_items)
-                    self._lanes.added(number, of_items)
-                    self._advance(number)
+                    total = self._ring.total + number
+                    try:
+                        self._layout.write(part, number, of_items)
+                        self._lanes.added(number, of_items)
+                        self._advance(number)
+                    except BaseException as error:
+                        self._mend(error, total)
+                        raise
         except ValueError:
             self._check_counts(batch)
             raise
 
     def _advance(self, count: int) -> None:
         self._ring.advance(count)
+        self._lanes.settle()
+        self._layout.settle()
         newest = min(count, self._ring.capacity)
         self._sampler.added(range(self._ring.total - newest, self._ring.total))
+
+    def _mend(self, error: BaseException, total: int) -> None:
+        """After an error in a write up to item `total`: have all of it, or nothing but the loss of the oldest items."""
+        if isinstance(error, (ValueError, TypeError, OverflowError)):
+            return  # the write was refused, and nothing is written
+        if self._ring.total == total:
+            self._lanes.settle()
+            self._layout.settle()
+            return
+        self._ring.forget(total - self._ring.capacity)
+        self._lanes.undo()
+        self._layout.undo()
 
     def _count(self, batch: Any) -> int:
         """How many items a batch has, as the first of its leaves has it that tells."""
@@ -478,7 +503,12 @@ class ReplayBuffer:
             If the spec has no flag for it, or the lanes are not right.
         """
         with self.lock, self._on_device():
-            self._layout.end(self._lanes.named(lanes))
+            named = self._lanes.named(lanes)
+            try:
+                self._layout.end(named)
+            except BaseException:
+                self._layout.undo()
+                raise
 
     def clear(self) -> None:
         """Forget all items; `total_added` goes on from where it is, and settings and generator stay as they are."""

@@ -41,6 +41,7 @@ class Lanes:
         self._books = books
         self._keep(None)
         self._newest = np.full(count, -1, np.int64)  # kept only with distances
+        self._next_newest: NDArray[np.int64] | None = None
 
     @property
     def in_step(self) -> bool:
@@ -107,7 +108,10 @@ class Lanes:
         return newest if lanes is None else newest[lanes]
 
     def added(self, count: int, lanes: NDArray[np.intp] | None) -> None:
-        """Note that `count` items are written behind those of the ring; the ring has not advanced yet."""
+        """Note that `count` items are written behind those of the ring, which is yet to advance; `settle` follows then.
+
+        If it will not, `undo` does.
+        """
         if self._distances is None:
             if lanes is None:
                 return
@@ -115,8 +119,23 @@ class Lanes:
         lanes = np.arange(self.count) if lanes is None else lanes
         numbers = self._ring.total + np.arange(count)
         previous = np.concatenate([self._newest[lanes], numbers])[:count]
-        self._newest[lanes] = numbers[-len(lanes) :]
         self._note(numbers[-self._ring.capacity :], previous[-self._ring.capacity :])
+        newest = self._newest.copy()
+        newest[lanes] = numbers[-len(lanes) :]
+        self._next_newest = newest
+
+    def settle(self) -> None:
+        """The ring has advanced: what was noted holds. Once is as good as twice."""
+        if self._next_newest is not None:
+            self._newest, self._next_newest = self._next_newest, None
+
+    def undo(self) -> None:
+        """The ring has not advanced, and will not: nothing of what was noted holds."""
+        self._next_newest = None
+        if self._ahead is not None:
+            items = np.asarray(self._ring.items)
+            last = items + self._ring.in_order(self._ahead) >= self._ring.total
+            self._ahead.set(items[last] % self._ring.capacity, np.int32(0))
 
     def ahead(self, places: Array) -> tuple[Array, Array]:
         """The places of the next items of the same lanes, and whether there are such; else the places as they are."""
@@ -151,14 +170,15 @@ class Lanes:
 
     def _keep_distances(self) -> None:
         """From now on; the items that are there were all written in step."""
-        self._newest = self.newest().copy()
+        newest = self.newest().copy()
         distances = Storage(DISTANCES, self._ring.capacity, backend=self._books)
-        self._keep(distances)
         items = np.asarray(self._ring.items)
         ahead = np.where(items + self.count < self._ring.total, self.count, 0)
         if items.size:
             values = {"ahead": ahead, "behind": np.full(items.size, self.count)}
             distances.set(items % self._ring.capacity, {k: v.astype(np.int32) for k, v in values.items()})
+        self._newest = newest
+        self._keep(distances)
 
     def _note(self, numbers: NDArray[np.int64], previous: NDArray[np.int64]) -> None:
         """Items of these numbers, and what the previous one of the lane is for each; -1 for none."""
@@ -183,8 +203,8 @@ class Lanes:
         self._keep(distances)
 
     def _keep(self, distances: Storage | None) -> None:
-        self._distances = distances
-        self._ahead = None if distances is None else distances.select("ahead")
+        ahead = None if distances is None else distances.select("ahead")
+        self._distances, self._ahead = distances, ahead
 
     @property
     def distances(self) -> Storage | None:

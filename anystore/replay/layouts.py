@@ -83,8 +83,18 @@ class Plain:
         ------
         ValueError, TypeError, OverflowError
             As `Storage.set`; nothing has changed then.
+
+        Notes
+        -----
+        The ring is yet to advance: `settle` follows when it has. If it will not, `undo` does.
         """
         write_run(self.storages["items"], self._ring.next_rows(count), batch, count)
+
+    def settle(self) -> None:
+        """The ring has advanced: what was written holds. Once is as good as twice."""
+
+    def undo(self) -> None:
+        """The ring has not advanced, and will not: be as before, but for items that were overwritten."""
 
     def ends(self, places: Array) -> Array:
         """Whether an episode ends with each of these items."""

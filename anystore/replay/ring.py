@@ -107,6 +107,11 @@ class Ring:
         """Count `count` more items."""
         self.total += count
 
+    def forget(self, start: int) -> None:
+        """Forget the items before number `start`, as if newer ones had overwritten them."""
+        if start > self.items.start:
+            self._cleared, self._overwrote = min(start, self.total), True
+
     def clear(self) -> None:
         """Forget all items; numbers go on from where they are."""
         self._cleared, self._overwrote = self.total, False

@@ -137,6 +137,7 @@ class Shared(Plain):
         self._free = list(range(self._records))[::-1]
         self._ended: list[tuple[int, int]] = []  # a heap of the last item of an episode, and its record
         self._record = np.full(self._lanes.count, -1, np.int64)
+        self._change: _Change | None = None
         # What the next item of a lane begins with, if it goes on.
         self._expected = {
             each.path: np.zeros((self._lanes.count, *each.spec.shape), each.spec.dtype) for each in self._observations
@@ -185,19 +186,49 @@ class Shared(Plain):
         begins[0] |= self._record[ids] < 0
         begins[1:] |= ends[:-1]
         ends[:-1] |= begins[1:]
-        self._reserve(int(begins.sum()), self._ring.total + count - self._ring.capacity)
-        self._break_off(ids[begins[0]], self._ring.total + count - self._ring.capacity)
-        records = self._records_of(begins, ids)
+        oldest = self._ring.total + count - self._ring.capacity
+        self._reserve(int(begins.sum()), oldest)
+        taken = [self._free.pop() for _ in range(int(begins.sum()))]
+        records = self._records_of(begins, ids, taken)
+        broken_off, ended = self._going_on(ids[begins[0]])
+        self._change = _Change(
+            ids,
+            np.where(ends[-1], -1, records[-1]),
+            {each.path: batch.seen[each.after or each.path][-len(ids) :] for each in self._observations},
+            [*ended, *zip(numbers[ends].tolist(), records[ends].tolist())],
+            taken,
+        )
+        self._mark_ends(broken_off, oldest)
         write_run(self.storages["items"], self._ring.next_rows(count), batch.stored, count)
         marks = {"begins": begins, "ends": ends, "record": records.astype(np.int32)}
         marks = {name: each.reshape(-1) for name, each in marks.items()}
         write_run(self.storages["marks"], self._ring.next_rows(count), marks, count)
         self._write_records(batch.seen, begins, ends, records)
-        for number, record in zip(numbers[ends].tolist(), records[ends].tolist()):
-            heapq.heappush(self._ended, (number, record))
-        self._record[ids] = np.where(ends[-1], -1, records[-1])
+
+    def settle(self) -> None:
+        change = self._change
+        if change is None:
+            return
+        self._record[change.lanes] = change.record
+        for path, expected in change.expected.items():
+            self._expected[path][change.lanes] = expected
+        while change.ended:  # an interrupt may cost the room of a record, which no two episodes must have
+            heapq.heappush(self._ended, change.ended.pop())
+        self._change = None
+
+    def undo(self) -> None:
+        change, self._change = self._change, None
+        if change is not None:
+            self._free += change.taken
+        # Of the episodes that go on, what was written on behalf of their next items.
+        lanes = np.flatnonzero(self._record >= 0)
+        newest = self._lanes.newest(lanes)
+        there = newest[newest >= self._ring.items.start]
+        self._select("marks", "ends").set(there % self._ring.capacity, False)
         for each in self._observations:
-            self._expected[each.path][ids] = batch.seen[each.after or each.path][-len(ids) :]
+            if each.after is not None:
+                rows = self._record[lanes] * self._depth + self._depth - 1
+                self._select("records", each.path).set(rows, each.newest(self._expected[each.path][lanes]))
 
     def _goes_on(self, seen: dict[str, NDArray[Any]], ids: NDArray[np.intp], shape: tuple[int, ...]) -> Any:
         """Whether each item begins with what followed the one before it in its lane."""
@@ -221,24 +252,25 @@ class Shared(Plain):
             self._free = [*range(self._records + more - 1, self._records - 1, -1), *self._free]
             self._records += more
 
-    def _break_off(self, lanes: NDArray[np.intp], oldest: int) -> None:
-        """Let the episodes of these lanes, where one goes on, end with their newest items."""
+    def _going_on(self, lanes: NDArray[np.intp]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """The newest items of these lanes, where an episode goes on, and each with the episode's record."""
         lanes = lanes[self._record[lanes] >= 0]
         numbers = self._lanes.newest(lanes)
-        for number, record in zip(numbers.tolist(), self._record[lanes].tolist()):
-            heapq.heappush(self._ended, (number, record))
-        self._record[lanes] = -1
+        return numbers, list(zip(numbers.tolist(), self._record[lanes].tolist()))
+
+    def _mark_ends(self, numbers: NDArray[np.int64], oldest: int) -> None:
+        """Mark that episodes end with these items, if they are not older than `oldest`."""
         there = numbers[numbers >= oldest]
         if there.size:
             self._select("marks", "ends").set(there % self._ring.capacity, True)
 
-    def _records_of(self, begins: NDArray[np.bool_], ids: NDArray[np.intp]) -> NDArray[np.int64]:
-        """The record of each item: a new one for each episode that begins."""
-        if not begins.any():
+    def _records_of(self, begins: NDArray[np.bool_], ids: NDArray[np.intp], taken: list[int]) -> NDArray[np.int64]:
+        """The record of each item: one of those `taken` for each episode that begins."""
+        if not taken:
             return np.broadcast_to(self._record[ids], begins.shape)
         records = np.full(begins.shape, -1, np.int64)
         records[0] = self._record[ids]
-        records[begins] = [self._free.pop() for _ in range(int(begins.sum()))]
+        records[begins] = taken
         steps = np.arange(len(begins))[:, None]
         latest = np.maximum.accumulate(np.where(begins, steps, 0), axis=0)
         return np.take_along_axis(records, latest, axis=0)
@@ -262,7 +294,10 @@ class Shared(Plain):
     def end(self, lanes: NDArray[np.intp]) -> None:
         if self._truncated is not None:
             super().end(lanes)
-        self._break_off(lanes, self._ring.items.start)
+        numbers, ended = self._going_on(lanes)
+        self._change = _Change(lanes, -1, {}, ended, [])
+        self._mark_ends(numbers, self._ring.items.start)
+        self.settle()
 
     def clear(self) -> None:
         self._forget()
@@ -384,6 +419,20 @@ class Shared(Plain):
             known = KnownRows(books.as_rows(taken), self._records * self._depth)
             frames = backend.put(frames, chosen, self._select("records", each.path).get(known))
         return each.assembled(backend.xp.reshape(frames, (count, each.frames, *frames.shape[1:])), backend.xp)
+
+
+class _Change(NamedTuple):
+    """What a write makes of the episodes of lanes, once it holds."""
+
+    lanes: NDArray[np.intp]
+    record: Any
+    """That of the episode that goes on in each; -1 for none."""
+    expected: dict[str, NDArray[Any]]
+    """What the next item of each begins with, if it goes on."""
+    ended: list[tuple[int, int]]
+    """The last items of episodes that have ended, and their records."""
+    taken: list[int]
+    """The records of the episodes that begin."""
 
 
 class _Parts(NamedTuple):

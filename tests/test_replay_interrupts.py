@@ -1,0 +1,234 @@
+"""An interrupt at any line of a write: it is there as a whole or not at all, and what else is there is right."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anystore import ArraySpec
+from anystore.convert import to_numpy
+from anystore.replay import Prioritized, ReplayBuffer
+
+CAPACITY = 24
+WRITERS = "/anystore/replay/", "/anystore/storage.py"
+FLAG = ArraySpec((), "bool")
+FRAMES = 3
+
+
+class Program:
+    """Items of one lane or more, in order, each of which knows its number and what it follows."""
+
+    def __init__(self, lanes: int, stacks: bool) -> None:
+        self.lanes = lanes
+        self.stacks = stacks
+        self.items: list[dict[str, Any]] = []
+        self.lane_of: list[int] = []
+        self.going_on: dict[int, Any] = {}
+        self.seen = 0
+
+    def observation(self, before: Any = None) -> Any:
+        """A new one, and with stacks the frames before it."""
+        self.seen += 1
+        if not self.stacks:
+            return np.int64(self.seen)
+        return np.append(before[1:], self.seen) if before is not None else np.full(FRAMES, self.seen)
+
+    def batch(self, lanes: list[int], steps: int, end_at: int | None = None, anew: bool = False) -> dict[str, Any]:
+        """Some steps of these lanes; with `end_at` all of their episodes end there, with `anew` they begin anew."""
+        items = []
+        for step in range(steps):
+            for lane in lanes:
+                fresh = lane not in self.going_on or (anew and step == 0)
+                obs = self.observation() if fresh else self.going_on[lane]
+                following, ends = self.observation(obs), step == end_at
+                items.append({"obs": obs, "next_obs": following, "terminated": ends})
+                self.going_on[lane] = following
+                if ends:
+                    del self.going_on[lane]
+        return {name: np.stack([item[name] for item in items]) for name in items[0]}
+
+    def note(self, batch: dict[str, Any], lanes: list[int]) -> None:
+        for number in range(len(batch["terminated"])):
+            self.items.append({name: leaf[number] for name, leaf in batch.items()})
+            self.lane_of.append(lanes[number % len(lanes)])
+
+
+def lines_of(action: Callable[[], object]) -> int:
+    """How many lines an action goes through of those that write."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if not any(path in frame.f_code.co_filename for path in WRITERS):
+            return None
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def interrupt(action: Callable[[], object], at: int) -> None:
+    """Run an action as far as line number `at`; there comes Ctrl-C."""
+    left = at
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if not any(path in frame.f_code.co_filename for path in WRITERS):
+            return None
+        if event == "line":
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+
+
+def spec_of(stacks: bool) -> dict[str, Any]:
+    obs = ArraySpec((FRAMES,) if stacks else (), "int64")
+    return {"obs": obs, "next_obs": obs, "terminated": FLAG}
+
+
+KINDS = {
+    "plain": {},
+    "shared": {"shared": {"next_obs": "obs"}},
+    "stacks": {"shared": {"next_obs": "obs"}, "stacks": {"obs": 0}},
+}
+
+
+def filled(kind: str, lanes: int, in_step: bool) -> tuple[ReplayBuffer, Program]:
+    """A buffer that has overwritten items, and what was added to it."""
+    stacks = kind == "stacks"
+    program = Program(lanes, stacks)
+    buffer = ReplayBuffer(spec_of(stacks), CAPACITY, lanes=lanes, sampler=Prioritized(), seed=0, **KINDS[kind])
+    everyone = list(range(lanes))
+    for end_at in (None, 2, None, 1, None):
+        add(buffer, program, everyone, program.batch(everyone, 8 // lanes, end_at))
+    if not in_step:
+        add(buffer, program, [1], program.batch([1], 3))
+        add(buffer, program, everyone, program.batch(everyone, 2))
+    return buffer, program
+
+
+def add(buffer: ReplayBuffer, program: Program, lanes: list[int], batch: dict[str, Any]) -> None:
+    buffer.extend(batch, lanes=None if len(lanes) == program.lanes else lanes)
+    program.note(batch, lanes)
+
+
+def assert_right(buffer: ReplayBuffer, program: Program) -> None:
+    """Every item is as it was added, and every window one of the lane's successive items."""
+    assert buffer.total_added == len(program.items)
+    for sample in passes(buffer):
+        for number, *leaves in zip(*map(to_numpy, (sample.rows, *sample.items.values())), strict=True):
+            for name, leaf in zip(sample.items, leaves, strict=True):
+                np.testing.assert_array_equal(leaf, program.items[number][name], err_msg=f"{name} of item {number}")
+    for sample in passes(buffer, num_steps=2):
+        for first, terminated in zip(to_numpy(sample.rows).tolist(), to_numpy(sample.items["terminated"]).tolist()):
+            later = range(first + 1, len(program.items))
+            second = next(number for number in later if program.lane_of[number] == program.lane_of[first])
+            assert terminated[1] == program.items[second]["terminated"]
+            found = to_numpy(sample.items["obs"])[to_numpy(sample.rows).tolist().index(first), 1]
+            np.testing.assert_array_equal(found, program.items[second]["obs"])
+
+
+def passes(buffer: ReplayBuffer, **how: Any) -> Iterator[Any]:
+    if len(buffer) > 2 * buffer.lanes + (FRAMES - 1) * buffer.lanes:
+        yield from buffer.one_pass(CAPACITY, **how)
+
+
+def interrupted(make: Callable[[], Any], act: Callable[..., Any]) -> Iterator[Any]:
+    """What `make` gives, once for each line of what `act` does with it, which was interrupted there."""
+    first = make()
+    lines = lines_of(lambda: act(*first))
+    assert lines > 10
+    for at in range(lines):
+        made = make()
+        interrupt(lambda made=made: act(*made), at)
+        yield made
+
+
+@pytest.mark.parametrize("write", ["a step", "some steps", "an end among them", "episodes anew", "one lane"])
+@pytest.mark.parametrize(("lanes", "in_step"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_write(kind: str, lanes: int, in_step: bool, write: str) -> None:
+    of_lanes = [1] if write == "one lane" and lanes == 2 else list(range(lanes))
+    how = {
+        "a step": {"steps": 1},
+        "some steps": {"steps": 3},
+        "an end among them": {"steps": 3, "end_at": 1},
+        "episodes anew": {"steps": 3, "anew": True},
+        "one lane": {"steps": 2},
+    }[write]
+
+    def make() -> Any:
+        buffer, program = filled(kind, lanes, in_step)
+        return buffer, program, program.batch(of_lanes, **how)
+
+    def act(buffer: ReplayBuffer, _: Program, batch: dict[str, Any]) -> None:
+        if lanes == 1 and how["steps"] == 1:
+            buffer.add({name: leaf[0] for name, leaf in batch.items()})
+        else:
+            buffer.extend(batch, lanes=None if len(of_lanes) == lanes else of_lanes)
+
+    outcomes = set()
+    for line, (buffer, program, batch) in enumerate(interrupted(make, act)):
+        count, before = len(batch["terminated"]), len(program.items)
+        outcomes.add(buffer.total_added - before)
+        assert CAPACITY - count <= len(buffer) <= CAPACITY
+        if buffer.total_added > before:
+            program.note(batch, of_lanes)
+        assert_right(buffer, program)
+        if buffer.total_added == before and line % 2:
+            act(buffer, program, batch)
+            program.note(batch, of_lanes)
+        else:  # what comes next is of another lane
+            add(buffer, program, [0], program.batch([0], 2))
+        assert_right(buffer, program)
+        for end_at in (None, 1, None):
+            add(buffer, program, list(range(lanes)), program.batch(list(range(lanes)), 3, end_at))
+            assert_right(buffer, program)
+    assert outcomes == {0, count}
+
+
+@pytest.mark.parametrize(("lanes", "in_step"), [(1, True), (2, False)])
+@pytest.mark.parametrize("kind", ["shared", "stacks"])
+def test_the_end_of_an_episode(kind: str, lanes: int, in_step: bool) -> None:
+    for buffer, program in interrupted(lambda: filled(kind, lanes, in_step), lambda buffer, _: buffer.end_episode()):
+        assert_right(buffer, program)
+        for end_at in (None, 1, None):
+            add(buffer, program, list(range(lanes)), program.batch(list(range(lanes)), 3, end_at))
+            assert_right(buffer, program)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is kept of lanes that are out of step."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    buffer, program = filled(kind, 2, in_step=True)
+    batch = program.batch([1], 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("anystore.replay.lanes.Storage", fail)
+        with pytest.raises(MemoryError):
+            buffer.extend(batch, lanes=1)
+    assert_right(buffer, program)
+    add(buffer, program, [1], batch)
+    assert_right(buffer, program)
