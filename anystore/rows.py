@@ -71,7 +71,7 @@ def find_rows(index: Any, capacity: int, backend: Backend | None = None) -> Rows
     if is_array(index) and not isinstance(index, np.generic):
         rows = None if backend is None else backend.check_rows(index, capacity)
         return _from_array(to_numpy(index), capacity) if rows is None else rows
-    if isinstance(index, (bool, np.bool_, str, bytes, tuple)):
+    if isinstance(index, (bool, np.bool_, str, bytes, bytearray, tuple)):
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__}: {index!r:.80}")
     if isinstance(index, Sequence):
         return _from_sequence(index, capacity)
@@ -146,6 +146,8 @@ def _from_sequence(index: Sequence[Any], capacity: int) -> Rows:
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__} that is none of these: {index!r:.80}") from None
     if array.size == 0:
         return np.empty(array.shape, np.intp)  # NumPy makes an array of floats of an empty list
+    if array.dtype.kind in "iu" and any(isinstance(row, (bool, np.bool_)) for row in index):
+        raise TypeError(f"{_TAKEN}; found a {type(index).__name__} of integers and bools: {index!r:.80}")
     if array.dtype.hasobject:
         for row in array.flat:  # integers past 64 bits are out of range, and anything else is no integer
             if type(row) is int:

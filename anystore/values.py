@@ -84,10 +84,11 @@ def _is_right(value: Any, spec: ArraySpec, lead: tuple[int, ...]) -> bool:
 
 
 def _brought(leaf: _Leaf, backend: Backend) -> Any:
-    value = _from_python(leaf) if leaf.is_python else leaf.value
+    if leaf.is_python:
+        _check_integers(leaf)
     try:
-        array = backend.bring(value, leaf.spec.dtype)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        array = backend.bring(_from_python(leaf) if leaf.is_python else leaf.value, leaf.spec.dtype)
+    except (OverflowError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise TypeError(f"{label(leaf.path)}: {error}") from error
     if tuple(array.shape) != leaf.shape:
         raise ValueError(
@@ -166,14 +167,19 @@ def _python_fits(found: np.dtype[Any], expected: np.dtype[Any]) -> bool:
     return low is not None and high is not None and low <= high
 
 
-def _from_python(leaf: _Leaf) -> NDArray[Any]:
-    """The numbers in the dtype of their spec; integers only if every one of them fits."""
+def _check_integers(leaf: _Leaf) -> None:
+    """Refuse Python's integers if one of them does not fit the dtype of their spec."""
     numbers: NDArray[Any] = leaf.value
     if numbers.dtype.kind in "iuO" and numbers.size:
         low, high = limits(leaf.spec.dtype)
         if numbers.min() < low or numbers.max() > high:
             found = f"{numbers.tolist()!r:.80}"
             raise OverflowError(f"{label(leaf.path)}: expected integers that fit {leaf.spec.dtype}, found {found}")
+
+
+def _from_python(leaf: _Leaf) -> NDArray[Any]:
+    """Python's numbers in the dtype of their spec."""
+    numbers: NDArray[Any] = leaf.value
     if numbers.dtype.hasobject and kind_of(leaf.spec.dtype) == 2:
         numbers = numbers.astype(np.float64)  # the types of ml_dtypes take no integers past 64 bits
     return numbers.astype(leaf.spec.dtype)

@@ -455,6 +455,17 @@ def test_some_environments_are_reset_in_the_middle_of_an_episode(layout, named):
     assert {row % 3 for row in host(windows.rows).tolist()} == {0, 2}
 
 
+@pytest.mark.parametrize("named", [np.zeros(3, bool), []], ids=["mask", "list"])
+def test_no_environment_is_reset(named):
+    env = vectorized("disabled")
+    recorder = Recorder(make_buffer(env), env)
+    run(env, recorder, 2)
+    recorder.reset(np.full((3, 3), -1, np.float32), {}, lanes=named)
+    run(env, recorder, 1, begin=False)
+    assert (host(recorder.buffer.storage.get(range(9))["obs"]) >= 0).all()
+    assert not host(recorder.buffer.storage.get(range(9))["truncated"]).any()
+
+
 def test_a_reset_between_episodes_marks_nothing():
     env = make_env()
     recorder = Recorder(make_buffer(env), env)

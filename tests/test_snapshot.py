@@ -778,6 +778,34 @@ class TestSaving:
         save_snapshot(path, {"é": filled()})
         assert_same(Snapshot(path).storage("é", like=SPEC).get(...), batch(np.arange(CAPACITY)))
 
+    @pytest.mark.parametrize("before", [False, True], ids=["the first one", "one more"])
+    def test_at_the_end_of_the_program(self, tmp_path, before):
+        """When Python starts no threads any more."""
+        program = """
+        import atexit, sys
+        import numpy as np
+        from anystore import ArraySpec, Storage, load
+
+        path, before = sys.argv[1], sys.argv[2] == "True"
+        store = Storage(ArraySpec((1 << 20,), "uint8"), 10)
+        store.set(..., np.ones(1 << 20, np.uint8))
+        if before:
+            store.save(path)
+
+        def save():
+            store.set([3, 4], np.full(1 << 20, 2, np.uint8))
+            store.save(path)
+            found = load(path).get(...)
+            assert found[:, 0].tolist() == found[:, -1].tolist() == [1, 1, 1, 2, 2, 1, 1, 1, 1, 1]
+            print("saved")
+
+        atexit.register(save)
+        """
+        command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "snapshot"), str(before)]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root)
+        assert (done.stdout, done.stderr) == ("saved\n", "")
+
     def test_a_load_while_others_save(self, path):
         """Each load sees one version, whole, whatever goes on meanwhile."""
         store, done = filled(), threading.Event()

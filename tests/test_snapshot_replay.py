@@ -260,7 +260,7 @@ def test_a_state_that_cannot_be_written(path):
     names = sorted(each.name for each in path.iterdir())
     buffer.sampler.offset = {1, 2}
     buffer.extend(walk.step())
-    with pytest.raises(TypeError, match="as the state of the sampler, a Oldest .*set is not JSON"):
+    with pytest.raises(ValueError, match="^sampler/offset: expected numbers, strings, and NumPy arrays by name"):
         buffer.save(path)
     assert sorted(each.name for each in path.iterdir()) == names
     assert load(path, sampler=Oldest()).total_added == buffer.total_added - 1
@@ -305,6 +305,24 @@ def test_a_sampler_of_the_users_own(path):
     found = load(path, sampler=Oldest())
     assert found.sample(2).rows.tolist() == buffer.sample(2).rows.tolist()
     assert found.sampler.offset == 4
+
+
+def test_a_sampler_of_the_users_own_while_another_saves(path):
+    """The files of the version that is being loaded are gone, and it is begun with the next one anew."""
+    buffer, _ = started("numpy", Oldest, {})
+    buffer.sampler.offset = 4
+    buffer.save(path)
+    times = []
+
+    def save(done, total):
+        if not times:
+            times.append(done)
+            buffer.storage.buffers  # noqa: B018  # from then on it is saved whole
+            buffer.save(path)
+
+    found = load(path, sampler=Oldest(), progress=save)
+    assert found.sampler.offset == 4
+    assert found.total_added == buffer.total_added
 
 
 def test_a_sampler_whose_priorities_are_not_saved_is_told_so(path):

@@ -171,6 +171,18 @@ def test_integers_past_64_bits_in_an_extension_type() -> None:
         store.set(0, {"x": 2**128})
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [("int32", ["a", "b"]), ("int32", np.array(["a", "b"])), ("longdouble", [10**400, 1])],
+    ids=["strings", "an array of strings", "an integer past all floats"],
+)
+def test_what_cannot_be_converted_is_refused_by_path(dtype: str, value: Any) -> None:
+    store = Storage({"x": ArraySpec((2,), dtype)}, 3, casting="unsafe")
+    with pytest.raises((TypeError, OverflowError), match="^x: "):
+        store.set(0, {"x": value})
+    assert not store.get(...)["x"].any()
+
+
 def test_casting_is_that_of_numpy_for_its_own_dtypes() -> None:
     names = ("bool", "int8", "uint8", "int64", "uint64", "float16", "float64", "complex64", "complex128", "M8[s]", "S3")
     for found, expected in itertools.product(map(np.dtype, names), repeat=2):

@@ -535,7 +535,13 @@ class ReplayBuffer:
         Raises
         ------
         SnapshotError, ValueError, OSError
-            As `Storage.save`; what was there is still there then.
+            As `Storage.save`, and if the sampler has a state of something else than numbers, strings, and NumPy arrays
+            by name; what was there is still there then.
+
+        Warns
+        -----
+        RuntimeWarning
+            If the sampler has priorities to update, and no `state`.
 
         Notes
         -----

@@ -178,7 +178,7 @@ class Recorder:
         self.lengths: deque[int] = deque(maxlen=100)
 
     def _check_spec(self, env: Any) -> None:
-        advice = "transition_spec(env) is a spec that fits"
+        advice = "transition_spec(env) is a spec that fits, with casting='same_kind'"
         for part in ("obs", "terminated", "truncated"):
             if part not in self._parts:
                 there = ", ".join(map(str, self._parts)) or "a single leaf"
@@ -224,6 +224,8 @@ class Recorder:
             raise TypeError("expected an observation and an info, found both in one; call reset(*env.reset())")
         leaves = self._checked(obs)
         chosen = self.buffer._lanes.named(lanes)
+        if not chosen.size:
+            return
         if len(chosen) < len(self._running):
             if self._obs is None:
                 raise ValueError("no environment was reset so far; reset all of them first, without lanes=")

@@ -55,7 +55,6 @@ def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, p
             "sampler_settings": _without_arrays(_settings(buffer.sampler), "settings", arrays),
             "buffer": _without_arrays(buffer._state(), "", arrays),
         }
-        _check_state(state)
         storages = buffer._storages()
         save_snapshot(path, storages, kind="replay", state=state, arrays=arrays, keep=keep, progress=progress)
 
@@ -63,17 +62,6 @@ def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, p
 def _settings(sampler: Sampler) -> dict[str, Any] | None:
     """What a sampler that comes with anystore is made with; None for a class of the user's own."""
     return sampler._settings() if isinstance(sampler, _OURS) and type(sampler) in _OURS else None
-
-
-def _check_state(state: dict[str, Any]) -> None:
-    """Check that the state can be written down, before anything is written."""
-    try:
-        json.dumps(state, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            "expected numbers, strings, and NumPy arrays by name as the state of the sampler, "
-            f"a {state['sampler_class']} ({error})"
-        ) from None
 
 
 def _without_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:
@@ -87,7 +75,10 @@ def _without_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> An
         return {key: _without_arrays(value, f"{path}/{key}" if path else key, arrays) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         return [_without_arrays(value, f"{path}/{number}", arrays) for number, value in enumerate(node)]
-    return node.item() if isinstance(node, np.generic) else node
+    leaf = node.item() if isinstance(node, np.generic) else node
+    if leaf is not None and not isinstance(leaf, (bool, int, float, str)):
+        raise ValueError(f"{path}: expected numbers, strings, and NumPy arrays by name, found {leaf!r:.80}")
+    return leaf
 
 
 def _with_arrays(node: Any, path: str, arrays: dict[str, NDArray[Any]]) -> Any:

@@ -11,7 +11,7 @@ import itertools
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from anystore.backends.numpy import zeros
 from anystore.snapshot import files
+from anystore.snapshot.threads import Threads
 
 BLOCK = 1 << 22
 """The bytes of a block. What goes past the cache is in whole pages, in memory and in the file."""
@@ -31,7 +32,7 @@ class Blocks:
 
     def __init__(self) -> None:
         self._blocks = zeros((COUNT, BLOCK), np.dtype(np.uint8))  # in huge pages, which a disk reads faster
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = Threads(1)
 
     def __enter__(self) -> Blocks:
         return self
@@ -39,7 +40,7 @@ class Blocks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._thread.shutdown()
+        self._thread.__exit__(kind, error, traceback)
 
     def write(self, fd: int, pieces: Iterable[NDArray[np.uint8]]) -> int:
         """Write bytes to a file that is empty, and return their CRC-32.

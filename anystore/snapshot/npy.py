@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from anystore.snapshot import files
 from anystore.snapshot.blocks import Blocks
 from anystore.snapshot.files import SnapshotError
+from anystore.snapshot.threads import Threads
 from anystore.specs import is_extension
 
 PIECE = 1 << 22
@@ -95,7 +96,7 @@ def _product(one: int, other: int) -> int:
 class _Checksum:
     """The CRC-32 of bytes whose pieces are each worked on by a thread, so many of them at a time."""
 
-    def __init__(self, threads: ThreadPoolExecutor, lead: bytes) -> None:
+    def __init__(self, threads: Threads, lead: bytes) -> None:
         self.value = zlib.crc32(lead)
         self._threads = threads
         self._pending: collections.deque[tuple[Future[int], int]] = collections.deque()
@@ -201,7 +202,7 @@ class NpyFile:
             raise SnapshotError(f"{self.path}: expected {wanted}, found another")
 
     def pieces(
-        self, threads: ThreadPoolExecutor, place: Callable[[range], NDArray[Any]] | None = None
+        self, threads: Threads, place: Callable[[range], NDArray[Any]] | None = None
     ) -> Iterator[tuple[range, NDArray[Any]]]:
         """The rows in bounded pieces, and the values of each; a piece lives until the next.
 

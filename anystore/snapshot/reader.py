@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from anystore.snapshot.manifest import (
 )
 from anystore.snapshot.npy import THREADS, NpyFile
 from anystore.snapshot.progress import Callback, Progress
+from anystore.snapshot.threads import Threads
 
 if TYPE_CHECKING:
     from anystore.storage import Storage
@@ -66,8 +67,8 @@ def load(
         containers. Without it, those of a class of the user's own (namedtuple, dataclass, attrs class) come back as
         namedtuples of the same name and fields, since nothing that a file names is imported.
     sampler : Sampler, optional
-        For a replay buffer whose sampler is of a class of the user's own: a new one of that class, which then takes up
-        the state, and with it the settings, of the one that was saved.
+        For a replay buffer whose sampler is of a class of the user's own: a new one of that class, a copy of which then
+        takes up the state, and with it the settings, of the one that was saved.
     version : int, optional
         An older version that was kept; by default the newest.
     progress : callable, optional
@@ -98,7 +99,7 @@ def load(
                 raise ValueError(f"{path}: sampler= is for a replay buffer, and this is none")
             options: Any = {"backend": backend, "device": device, "capacity": capacity, "like": like}
             if snapshot.kind == "replay":
-                return _replay_buffer(snapshot, sampler=sampler, progress=progress, **options)
+                return _replay_buffer(snapshot, sampler=copy.copy(sampler), progress=progress, **options)
             return snapshot.storage(progress=progress, **options)
         except FileNotFoundError as error:
             missing = error
@@ -200,7 +201,7 @@ class Snapshot:
             For the first one that is damaged, with its name.
         """
         self.check()
-        with Progress("verifying", self.nbytes, progress) as bar, ThreadPoolExecutor(THREADS) as threads:
+        with Progress("verifying", self.nbytes, progress) as bar, Threads(THREADS) as threads:
             for file in self.files():
                 for _, piece in file.pieces(threads):
                     bar.advance(piece.nbytes)
@@ -219,7 +220,7 @@ class Snapshot:
             If one is damaged or missing, with the name of its file.
         """
         self.check()
-        with ThreadPoolExecutor(THREADS) as threads:
+        with Threads(THREADS) as threads:
             return {name: _whole(file, threads) for name, file in self._arrays().items()}
 
     def storage(
@@ -296,7 +297,7 @@ class Snapshot:
         """
         entry = self.entry(name)
         fitting(entry.nest, storage._nest, self.path)
-        with ThreadPoolExecutor(THREADS) as threads:
+        with Threads(THREADS) as threads:
             for layer in entry.layers:
                 rows_of = self._rows(entry, layer, threads)
                 for path, file in self._leaves(entry, layer).items():
@@ -309,7 +310,7 @@ class Snapshot:
         if moved is None and storage.capacity == entry.capacity and self.kind != "mapped":
             storage._track(Changes(self.id, name, entry.capacity))
 
-    def _rows(self, entry: StorageEntry, layer: Layer, threads: ThreadPoolExecutor) -> Callable[[range], Any]:
+    def _rows(self, entry: StorageEntry, layer: Layer, threads: Threads) -> Callable[[range], Any]:
         """What gives the rows of a piece of a layer."""
         if layer.index is None:
             start = layer.start or 0
@@ -370,7 +371,7 @@ def _check_rows(file: NpyFile, pieces: Any, stop: int) -> None:
         last = int(rows[-1]) if len(rows) else last
 
 
-def _whole(file: NpyFile, threads: ThreadPoolExecutor) -> NDArray[Any]:
+def _whole(file: NpyFile, threads: Threads) -> NDArray[Any]:
     array: NDArray[Any] = np.empty(file.shape, file.dtype)
     flat = array.reshape(1) if array.ndim == 0 else array
     for _ in file.pieces(threads, lambda rows: flat[rows.start : rows.stop]):
