@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from typing import Any
 
@@ -60,10 +61,7 @@ class ArraySpec:
     @property
     def nbytes(self) -> int:
         """The bytes of one item."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @staticmethod
     def from_array(array: Any, name: str | None = None) -> ArraySpec:

@@ -81,7 +81,8 @@ class Storage:
     the disk is full is ended by the system (SIGBUS). After the machine has stopped, what was not flushed may be there
     in part, whereas a snapshot (`save`) is whole. Others who have it open see it in its old size after a `resize`, and
     what they write then is lost, until they open it anew; `flush` tells them. A copy or a pickle of it is in memory,
-    all of it; another process opens the directory instead.
+    all of it; another process opens the directory instead. A value that is a view of the same files, opened once more,
+    is not seen to be one: copy it before it is set to other rows.
 
     The storage began as a reimplementation of ``tf_agents.utils.numpy_storage.NumpyStorage``.
 
@@ -312,6 +313,9 @@ class Storage:
     def _get_into(self, rows: Rows, out: Any, copy: bool | None) -> Any:
         if copy is False:
             raise ValueError("out= is filled with a copy; pass copy=True or copy=None with it")
+        if not self._backend.mutable:
+            library = self._backend.library
+            raise ValueError(f"arrays of {library} cannot be written to, so out= is not taken; use what get returns")
         arrays, lead = self._nest.flatten(out), leading_shape(rows)
         for path, array, spec, dtype in zip(self._nest.paths, arrays, self._nest.specs, self._dtypes):
             shape = lead + spec.shape
@@ -531,17 +535,18 @@ class Storage:
 
     def _switch(self, buffers: list[Any], capacity: int) -> None:
         """Have other buffers, for so many rows."""
-        self._capacity, self._lent = capacity, _Lent(self._mapped is not None)
         self._track(None)
-        self._hold(buffers)
+        self._lent = _Lent(self._mapped is not None)
+        self._hold(buffers, capacity)
 
-    def _hold(self, buffers: list[Any]) -> None:
-        """Have these buffers, and the selections theirs of them."""
-        self._buffers = buffers
+    def _hold(self, buffers: list[Any], capacity: int) -> None:
+        """Have these buffers, of so many rows, and the selections theirs of them."""
+        # In one statement: an interrupt between the two would leave rows that are in no buffer.
+        self._buffers, self._capacity = buffers, capacity
         for selection in self._selections:
             _, positions = selection._selected_from  # type: ignore[misc]
-            selection._buffers = self._backend.together([buffers[position] for position in positions])
-            selection._capacity, selection._lent = self._capacity, self._lent
+            own = self._backend.together([buffers[position] for position in positions])
+            selection._buffers, selection._capacity, selection._lent = own, capacity, self._lent
 
     def _plan(self, capacity: int) -> Plan:
         return Plan(capacity, self._nest.leaves)

@@ -335,7 +335,7 @@ class _Storage(Storage):
         if array.ndim == 0:
             existing.pop(position, None)
             if len(self._selections):  # which have theirs at all times
-                self._hold(self._complete(existing))
+                self._hold(self._complete(existing), self._capacity)
             else:
                 self._made = existing
                 vars(self).pop("_buffers", None)

@@ -53,6 +53,8 @@ class Backend(ABC):
     device: str
     has_views: bool = True
     """Whether memory can be shared with what `gather` returns."""
+    mutable: bool = True
+    """Whether the library's arrays can be written to, as `gather_into` does."""
 
     @classmethod
     def open(cls, device: Any = None) -> Backend:

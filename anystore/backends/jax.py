@@ -141,7 +141,7 @@ class JaxBackend(Backend):
     """
 
     name = library = "jax"
-    has_views = False
+    has_views = mutable = False
 
     def __init__(self, device: Any = None) -> None:
         if isinstance(device, jax.Device):
@@ -214,7 +214,7 @@ class JaxBackend(Backend):
         return read
 
     def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
-        raise ValueError("JAX arrays cannot be written to, so out= is not taken; use what get returns")
+        raise NotImplementedError
 
     def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
         cells = self.together(buffers)

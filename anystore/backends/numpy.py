@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -130,9 +131,7 @@ def zeros(shape: tuple[int, ...], dtype: np.dtype[Any], scratch: str | None = No
     The first write to each page of a large array takes longer than the copy itself, and huge pages are few. With a
     directory in `scratch`, a large array is in a file there.
     """
-    nbytes = dtype.itemsize
-    for length in shape:
-        nbytes *= length
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _LARGE or (scratch is None and not hasattr(mmap, "MADV_HUGEPAGE")):
         return np.zeros(shape, dtype)
     pages = _pages(nbytes) if scratch is None else _pages_of_a_file(nbytes, scratch)

@@ -89,8 +89,8 @@ class ReplayBuffer:
     stacks : mapping of str to int, optional
         Leaves that are stacks of successive frames, newest last, and the axis of the stack in the shape of the leaf:
         ``{"obs": 0}``. They are stored frame by frame, and put together when sampled, just as they were added. Once
-        older items were overwritten, the oldest are not sampled: of each lane one less than the deepest stack has
-        frames, and with lanes out of step those others of which frames are gone.
+        items were overwritten, the oldest of each lane are not sampled, one less than the deepest stack has frames,
+        since frames of theirs may be gone; nor, with lanes out of step, is any other item of which one is.
     reward, terminated, truncated : str, optional
         Where these are in an item: the leaf of the reward; the bool leaves that say that the episode ended with it or
         was broken off after it. By default the leaves "reward", "terminated" and "truncated", where there are such of
@@ -116,8 +116,8 @@ class ReplayBuffer:
     Notes
     -----
     Any number of threads may add and sample: an item is sampled whole or not at all. Hold `lock` yourself to do several
-    things as one, and to read `storage`; `size` and `total_added` may be read at any time. What a sample holds is a
-    copy that nobody changes.
+    things as one, and to read `storage`; but ask `batches` for none meanwhile, whose thread needs it. `size` and
+    `total_added` may be read at any time. What a sample holds is a copy that nobody changes.
 
     A write that is refused changes nothing. One that is interrupted, or for which the memory runs out, is there as a
     whole or not at all, but may cost the oldest items, which it was to overwrite. In a process that was forked off
@@ -371,6 +371,11 @@ class ReplayBuffer:
     def add(self, item: Any) -> None:
         """Add an item; with lanes, one of each: a batch of as many items as lanes.
 
+        Parameters
+        ----------
+        item : nest
+            As `Storage.set` takes it; it is copied.
+
         Raises
         ------
         ValueError, TypeError, OverflowError
@@ -496,6 +501,11 @@ class ReplayBuffer:
         """Let the episodes of these lanes, or of all, end with their newest items, as if these had been truncated.
 
         For an environment that is reset, or left, before its episode is over.
+
+        Parameters
+        ----------
+        lanes : int, sequence of int, or mask over the lanes, optional
+            Which; all by default.
 
         Raises
         ------

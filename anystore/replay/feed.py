@@ -76,7 +76,8 @@ class Batches(Iterator[Any]):
     batches that were drawn before; then there are no more.
 
     The thread ends with the last batch, with `close`, at the end of a ``with``, when nothing refers to the iterator any
-    more (as after a ``break`` out of a loop over it), and with the program. Several threads may share one iterator.
+    more (as after a ``break`` out of a loop over it), and with the program. Several threads may share one iterator. Who
+    holds the buffer's `lock` must neither ask for a batch nor close: the thread may be waiting for it.
 
     On a GPU everything is as if the learner itself had called `sample` instead of its first `next`: draws are made on
     the stream that is current for the buffer's library then and there, and nothing waits for them. A learner that uses

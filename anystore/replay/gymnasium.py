@@ -45,7 +45,8 @@ def transition_spec(env: Any, *, reward: DTypeLike = "float32", floats: DTypeLik
     dict
         Of the parts "obs", "action", "reward", "next_obs", "terminated" and "truncated", with an `ArraySpec` at each
         leaf, to be changed as you like. The dtypes are those of the spaces, but that integers of 64 bits whose range
-        the space tells (Discrete, MultiDiscrete) have 32 if these are enough: every library has those.
+        the space tells (Discrete, MultiDiscrete) have 32 if these are enough: every library has those. That takes a
+        buffer with ``casting="same_kind"``, the default, or "unsafe".
 
     Raises
     ------

@@ -20,8 +20,9 @@ from anystore.specs import limits
 class Sampler(ABC):
     """What draws items for a `ReplayBuffer`; for one of your own, define `draw`, and more where it is needed.
 
-    Items are named by their place: 0 is the oldest that may be drawn, ``len(items) - 1`` the newest. `items` is the
-    range of their running numbers; item ``n`` is in row ``n % capacity``.
+    Items have three names. `draw`, `chances` and `weights` go by their place among those that may be drawn: 0 is the
+    oldest, ``len(items) - 1`` the newest. `items` is the range of their running numbers. `update` goes by the row of
+    the storage: item number ``n`` is in row ``n % capacity``.
 
     Attributes
     ----------
@@ -30,6 +31,8 @@ class Sampler(ABC):
     inside : bool
         Whether `draw` finds nothing but places in ``range(len(items))``, so that the buffer need not look. It is taken
         from the class that defines `draw`.
+    capacity : int
+        The number of rows.
     backend : Backend
         Whose arrays places, chances and priorities are: that of the buffer, or NumPy's for a buffer in main memory,
         where other libraries take many times as long for so few numbers.
@@ -145,9 +148,9 @@ class Recent(Sampler):
     Parameters
     ----------
     newest : int
-        How many items; all of them while there are fewer. For windows, items that are too new to begin one are left
-        out first: one for each further step in each lane, but in all if the lanes are out of step. Let it be many times
-        the lanes then.
+        How many items; all of them while there are fewer. For windows of k steps the newest k - 1 items of each lane,
+        which cannot begin one, are left out first. If the lanes are out of step, no more than k - 1 items in all are,
+        so that some of the `newest` begin no window: let it be many times the number of lanes then.
     replacement : bool, default True
         Whether a sample may hold an item more than once.
     """
