@@ -624,13 +624,17 @@ static PyObject *view_one(PyObject *module, PyObject *const *arguments, Py_ssize
 
 /* gather_into and scatter ------------------------------------------------------------------------------------------ */
 
+static int same_dims(const npy_intp *one, const npy_intp *other, int count)
+{
+    return count == 0 || memcmp(one, other, count * sizeof(npy_intp)) == 0; /* of no axes there is no address either */
+}
+
 /* Whether the array has these axes in front and then those of a row of the buffer. */
 static int has_shape(PyArrayObject *array, PyArrayObject *buffer, int ndim, const npy_intp *dims)
 {
     int row_ndim = PyArray_NDIM(buffer) - 1;
-    return PyArray_NDIM(array) == ndim + row_ndim &&
-           (ndim == 0 || memcmp(PyArray_DIMS(array), dims, ndim * sizeof(npy_intp)) == 0) &&
-           memcmp(PyArray_DIMS(array) + ndim, PyArray_DIMS(buffer) + 1, row_ndim * sizeof(npy_intp)) == 0;
+    return PyArray_NDIM(array) == ndim + row_ndim && same_dims(PyArray_DIMS(array), dims, ndim) &&
+           same_dims(PyArray_DIMS(array) + ndim, PyArray_DIMS(buffer) + 1, row_ndim);
 }
 
 static int same_dtype(PyArray_Descr *one, PyArray_Descr *other)
