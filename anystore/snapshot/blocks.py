@@ -10,7 +10,6 @@ import collections
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent import futures
 from concurrent.futures import Future
 from types import TracebackType
 
@@ -60,7 +59,8 @@ class Blocks:
             while pending:
                 pending.popleft().result()
         finally:
-            futures.wait(pending)
+            # Behind whatever was submitted, also what an interrupt has kept from being noted.
+            self._thread.submit(int).result()
         return checksum
 
     def _filled(self, pieces: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:

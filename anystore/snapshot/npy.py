@@ -108,8 +108,9 @@ class _Checksum:
     def wait(self, most: int = 0) -> None:
         """Wait until no more than so many pieces are being worked on."""
         while len(self._pending) > most:
-            future, nbytes = self._pending.popleft()
+            future, nbytes = self._pending[0]  # which `abandon` waits for, if an interrupt comes
             self.value = combined(self.value, future.result(), nbytes)
+            self._pending.popleft()
 
     def abandon(self) -> None:
         """Wait until nothing is being worked on, whatever comes of it."""
