@@ -46,7 +46,9 @@ def run_tests(session: nox.Session, *arguments: str, **env: str) -> None:
 
 WITHOUT_TENSORFLOW = "--ignore-glob=tests/test_tf*.py"
 """These tests have sessions of their own."""
-WITHOUT_FAULTS = ["--ignore=tests/test_snapshot_faults.py", "--ignore=tests/test_snapshot_damage.py"]
+WITHOUT_FAULTS = [
+    f"--ignore=tests/test_{name}.py" for name in ("snapshot_faults", "snapshot_damage", "replay_interrupts")
+]
 """These take long, and know of no library but NumPy: they run in one session."""
 OF_ONE_LIBRARY = [f"--ignore=tests/test_{name}.py" for name in ("replay_samplers", "replay_model", "sum_tree")]
 """In these no library meets another: they run where each is alone."""
