@@ -189,6 +189,11 @@ static int read_rows(PyObject *object, Rows *rows)
         Py_XDECREF(step);
         rows->ndim = 1;
         rows->dims[0] = rows->count;
+        npy_intp last;
+        if (!PyErr_Occurred() && rows->count > 1 &&
+            (__builtin_mul_overflow(rows->count - 1, rows->step, &last) ||
+             __builtin_add_overflow(last, rows->start, &last)))
+            PyErr_SetString(PyExc_IndexError, "a row is out of range");
         return PyErr_Occurred() ? -1 : 0;
     }
     if (!PyArray_CheckExact(object) || PyArray_TYPE((PyArrayObject *)object) != NPY_INTP ||
@@ -199,7 +204,8 @@ static int read_rows(PyObject *object, Rows *rows)
     PyArrayObject *array = (PyArrayObject *)object;
     rows->ndim = PyArray_NDIM(array);
     rows->count = PyArray_SIZE(array);
-    memcpy(rows->dims, PyArray_DIMS(array), rows->ndim * sizeof(npy_intp));
+    if (rows->ndim > 0)
+        memcpy(rows->dims, PyArray_DIMS(array), rows->ndim * sizeof(npy_intp));
     rows->index = PyMem_Malloc((rows->count > 0 ? rows->count : 1) * sizeof(npy_intp));
     if (rows->index == NULL) {
         PyErr_NoMemory();

@@ -537,7 +537,11 @@ class Storage:
         """Have other buffers, for so many rows."""
         self._track(None)
         self._lent = _Lent(self._mapped is not None)
-        self._hold(buffers, capacity)
+        try:
+            self._hold(buffers, capacity)
+        except BaseException:  # an interrupt, after which selections must not go on with buffers of their own
+            self._hold(buffers, capacity)
+            raise
 
     def _hold(self, buffers: list[Any], capacity: int) -> None:
         """Have these buffers, of so many rows, and the selections theirs of them."""

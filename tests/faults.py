@@ -12,7 +12,7 @@ from typing import Any
 
 from anystore.snapshot import blocks, files
 
-CALLS = ("create", "write", "truncate", "fsync", "close", "sync_directory", "replace", "unlink", "mkdir")
+CALLS = ("create", "duplicate", "write", "truncate", "fsync", "close", "sync_directory", "replace", "unlink", "mkdir")
 
 
 @contextlib.contextmanager
@@ -116,6 +116,8 @@ class Machine:
             self._count += 1
             self._open[result] = self._count
             self._calls.append(("create", arguments[0].name, self._count))
+        elif name == "duplicate":
+            self._open[result] = self._open[arguments[0]]
         elif name == "write":
             self._calls.append(("write", self._open[arguments[0]], bytes(arguments[1])))
         elif name == "fsync":

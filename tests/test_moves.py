@@ -232,6 +232,11 @@ class TestCompiled:
         with pytest.raises(TypeError):
             getattr(moves, function)(*arguments)
 
+    @pytest.mark.parametrize("step", [2**60, -(2**60)])
+    def test_a_range_that_goes_round_all_integers(self, step):
+        with pytest.raises(IndexError, match="a row is out of range"):
+            moves.gather([np.arange(4)], range(0, 16 * step + 1, step))
+
     def test_rows_that_changed_after_they_were_checked(self):
         stored = np.zeros((4, 3))
         for rows in (np.array([0, 4]), np.array([-1]), np.array([2**40]), 4, range(2, 5), range(3, -2, -1)):

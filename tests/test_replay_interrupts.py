@@ -216,6 +216,46 @@ def test_the_end_of_an_episode(kind: str, lanes: int, in_step: bool) -> None:
             assert_right(buffer, program)
 
 
+def test_the_growth_of_what_is_kept_of_episodes() -> None:
+    """Episodes of one item, each of which takes a record of its own; more than there are."""
+
+    def make() -> Any:
+        buffer, program = filled("shared", 1, in_step=True)
+        records = buffer._layout._records
+        return buffer, program, [program.batch([0], 1, 0) for _ in range(records + 1)]
+
+    def act(buffer: ReplayBuffer, _: Program, batches: list[dict[str, Any]]) -> None:
+        buffer.extend({name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]})
+
+    for buffer, program, batches in interrupted(make, act):
+        for batch in batches if buffer.total_added > len(program.items) else []:
+            program.note(batch, [0])
+        for _ in range(2):
+            for batch in [program.batch([0], 1, 0) for _ in range(buffer._layout._records // 2)]:
+                add(buffer, program, [0], batch)
+            assert_right(buffer, program)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [2, CAPACITY, CAPACITY + 4])
+def test_nothing_is_left(kind: str, count: int) -> None:
+    """Of a buffer that was empty, or whose rows were all to be overwritten; errors are those of the write."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    buffer, program = filled(kind, 2, in_step=False)
+    batch = program.batch([0, 1], count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(buffer._lanes), "added", fail)
+        with pytest.raises(MemoryError):
+            buffer.extend(batch)
+    assert_right(buffer, program)
+    for _ in range(10):
+        add(buffer, program, [0, 1], program.batch([0, 1], 2))
+        assert_right(buffer, program)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is kept of lanes that are out of step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anystore.snapshot import blocks, files
-from anystore.snapshot.blocks import COUNT, Blocks
+from anystore.snapshot.blocks import Blocks
 
 BLOCK = 8192
 LENGTHS = [1, 511, 512, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 7 * BLOCK, 7 * BLOCK + 4096, 8 * BLOCK - 3]
@@ -70,8 +71,8 @@ def test_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, s
     elif way == "refused":
         refuses_direct(monkeypatch)
     data = random_bytes(length)
-    with Blocks() as several, created(tmp_path / "file") as fd:
-        checksum = several.write(fd, (data[start : start + step] for start in range(0, length, step)))
+    with created(tmp_path / "file") as fd:
+        checksum = Blocks().write(fd, (data[start : start + step] for start in range(0, length, step)))
     assert (tmp_path / "file").read_bytes() == data.tobytes()
     assert checksum == zlib.crc32(data.data)
 
@@ -83,16 +84,16 @@ def test_a_piece_may_be_filled_anew(tmp_path: Path) -> None:
             piece[:] = number
             yield piece
 
-    with Blocks() as several, created(tmp_path / "file") as fd:
-        several.write(fd, pieces())
+    with created(tmp_path / "file") as fd:
+        Blocks().write(fd, pieces())
     assert (tmp_path / "file").read_bytes() == np.repeat(np.arange(100, dtype=np.uint8), 1000).tobytes()
 
 
 def test_several_files(tmp_path: Path) -> None:
-    with Blocks() as several:
-        for length in LENGTHS:
-            with created(tmp_path / str(length)) as fd:
-                several.write(fd, [random_bytes(length)])
+    several = Blocks()
+    for length in LENGTHS:
+        with created(tmp_path / str(length)) as fd:
+            several.write(fd, [random_bytes(length)])
     for length in LENGTHS:
         assert (tmp_path / str(length)).read_bytes() == random_bytes(length).tobytes()
 
@@ -109,8 +110,8 @@ def test_whole_blocks_pass_by_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
         return count
 
     monkeypatch.setattr(os, "write", noted)
-    with Blocks() as several, created(tmp_path / "file") as fd:
-        several.write(fd, [random_bytes(2 * BLOCK + 1)])
+    with created(tmp_path / "file") as fd:
+        Blocks().write(fd, [random_bytes(2 * BLOCK + 1)])
     assert written == [(BLOCK, allowed), (BLOCK, allowed), (1, False)]
 
 
@@ -119,15 +120,15 @@ def test_every_block_is_refused_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         files.pass_by_cache(fd, True)
         allowed = files.passes_by_cache(fd)
     refused = refuses_direct(monkeypatch)
-    with Blocks() as several, created(tmp_path / "file") as fd:
-        several.write(fd, [random_bytes(2 * BLOCK + 1)])
+    with created(tmp_path / "file") as fd:
+        Blocks().write(fd, [random_bytes(2 * BLOCK + 1)])
     assert refused == ([BLOCK, BLOCK] if allowed else [])
 
 
 @pytest.mark.parametrize("number", range(8))
 def test_an_error_comes_when_no_write_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The first of them, and the blocks behind it may be there or not."""
-    count, write = 0, files.write
+    """And there are no more writes."""
+    count, write, threads = 0, files.write, threading.active_count()
 
     def failing(fd: int, data: Any) -> None:
         nonlocal count
@@ -137,14 +138,51 @@ def test_an_error_comes_when_no_write_is_left(tmp_path: Path, monkeypatch: pytes
         write(fd, data)
 
     monkeypatch.setattr(files, "write", failing)
-    with created(tmp_path / "file") as fd:
-        with Blocks() as several:
-            with pytest.raises(OSError, match=f"{number + 1}"):
-                several.write(fd, [random_bytes(8 * BLOCK)])
-            before = count
-            assert number < before <= number + COUNT
-        assert count == before
+    with created(tmp_path / "file") as fd, pytest.raises(OSError, match=f"{number + 1}"):
+        Blocks().write(fd, [random_bytes(8 * BLOCK)])
+    assert count == number + 1
+    assert threading.active_count() == threads
     assert (tmp_path / "file").read_bytes() == random_bytes(8 * BLOCK)[: number * BLOCK].tobytes()
+
+
+def test_an_interrupt_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nobody waits for the thread: when it writes, the file is closed, and its number is another's."""
+    write, go_on, written = files.write, threading.Event(), threading.Event()
+
+    def late(fd: int, data: Any) -> None:
+        assert go_on.wait(60)
+        write(fd, data)
+        written.set()
+
+    def pieces() -> Iterator[NDArray[np.uint8]]:
+        yield random_bytes(BLOCK)
+        raise KeyboardInterrupt
+
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "write", late)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with created(tmp_path / "file") as fd, pytest.raises(KeyboardInterrupt):
+        Blocks().write(fd, pieces())
+    with created(tmp_path / "another") as other:
+        assert other == fd
+        go_on.set()
+        assert written.wait(60)
+    assert (tmp_path / "another").read_bytes() == b""
+    assert (tmp_path / "file").read_bytes() == random_bytes(BLOCK).tobytes()
+
+
+def test_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    before = set(os.listdir("/proc/self/fd"))
+    with created(tmp_path / "file") as fd:
+        Blocks().write(fd, [random_bytes(3 * BLOCK + 1)])
+    assert (tmp_path / "file").read_bytes() == random_bytes(3 * BLOCK + 1).tobytes()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_an_error_of_whoever_gives_the_pieces(tmp_path: Path) -> None:
@@ -152,7 +190,7 @@ def test_an_error_of_whoever_gives_the_pieces(tmp_path: Path) -> None:
         yield random_bytes(3 * BLOCK)
         raise KeyboardInterrupt
 
-    with Blocks() as several, created(tmp_path / "file") as fd:
+    with created(tmp_path / "file") as fd:
         with pytest.raises(KeyboardInterrupt):
-            several.write(fd, pieces())
+            Blocks().write(fd, pieces())
         assert (tmp_path / "file").read_bytes() == random_bytes(3 * BLOCK).tobytes()

@@ -317,6 +317,7 @@ class TestCompiled:
         "read only": ([np.broadcast_to(0.0, 16)], TypeError, "contiguous arrays of float64"),
         "no whole blocks": ([np.zeros(17)], ValueError, "as long as the blocks of the one below"),
         "an empty one": ([np.zeros(0)], ValueError, "a last level of a single block"),
+        "none for the rows": ([np.zeros(0), np.zeros(16)], ValueError, "a last level of a single block"),
         "too short above": ([np.zeros(512), np.zeros(16)], ValueError, "as long as the blocks of the one below"),
         "no top": ([np.zeros(512), np.zeros(32)], ValueError, "a last level of a single block"),
     }

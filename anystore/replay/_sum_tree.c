@@ -42,7 +42,7 @@ static int read_tree(PyObject *levels, Tree *tree)
             return -1;
         }
     }
-    if (tree->lengths[tree->count - 1] != WIDTH) {
+    if (tree->lengths[tree->count - 1] != WIDTH || tree->lengths[0] == 0) {
         PyErr_SetString(PyExc_ValueError, "expected a last level of a single block");
         return -1;
     }

@@ -120,7 +120,8 @@ class ReplayBuffer:
     `total_added` may be read at any time. What a sample holds is a copy that nobody changes.
 
     A write that is refused changes nothing. One that is interrupted, or for which the memory runs out, is there as a
-    whole or not at all, but may cost the oldest items, which it was to overwrite. In a process that was forked off
+    whole or not at all, but may cost the oldest items, which it was to overwrite; with `shared` or `stacks`, so is each
+    run of `capacity` items of a batch that is longer. In a process that was forked off
     while a thread was writing, the buffer may hold the half of what it wrote; with a disk for its device
     (`select_backend`) it must not be used at all in one of the two.
 
@@ -389,12 +390,12 @@ class ReplayBuffer:
             return
         try:
             with self.lock, self._on_device():
-                total = self._ring.total + 1
+                first = self._ring.total
                 try:
                     self._layout.write_one(item)
                     self._advance(1)
                 except BaseException as error:
-                    self._mend(error, total)
+                    self._mend(error, first, 1)
                     raise
         except ValueError as error:
             if not self._looks_like_a_batch(item):
@@ -424,13 +425,13 @@ class ReplayBuffer:
                 of_items = self._lanes.of_batch(count, lanes)
                 in_turn = self._lanes.count if of_items is None else len(of_items)
                 for part, number in self._layout.parts_of(batch, count, in_turn):
-                    total = self._ring.total + number
+                    first = self._ring.total
                     try:
                         self._layout.write(part, number, of_items)
                         self._lanes.added(number, of_items)
                         self._advance(number)
                     except BaseException as error:
-                        self._mend(error, total)
+                        self._mend(error, first, number)
                         raise
         except ValueError:
             self._check_counts(batch)
@@ -438,20 +439,23 @@ class ReplayBuffer:
 
     def _advance(self, count: int) -> None:
         self._ring.advance(count)
+        self._follow(count)
+
+    def _follow(self, count: int) -> None:
+        """Have the others go on, now that the ring has advanced; once is as good as twice."""
         self._lanes.settle()
         self._layout.settle()
         newest = min(count, self._ring.capacity)
         self._sampler.added(range(self._ring.total - newest, self._ring.total))
 
-    def _mend(self, error: BaseException, total: int) -> None:
-        """After an error in a write up to item `total`: have all of it, or nothing but the loss of the oldest items."""
-        if isinstance(error, (ValueError, TypeError, OverflowError)):
-            return  # the write was refused, and nothing is written
-        if self._ring.total == total:
-            self._lanes.settle()
-            self._layout.settle()
+    def _mend(self, error: BaseException, first: int, count: int) -> None:
+        """After an error in a write of items: have all of it, or nothing but the loss of those it was to overwrite."""
+        if isinstance(error, _REFUSALS):
             return
-        self._ring.forget(total - self._ring.capacity)
+        if self._ring.total > first:
+            self._follow(count)
+            return
+        self._ring.forget(first + count - self._ring.capacity)
         self._lanes.undo()
         self._layout.undo()
 
@@ -516,8 +520,10 @@ class ReplayBuffer:
             named = self._lanes.named(lanes)
             try:
                 self._layout.end(named)
+            except _REFUSALS:
+                raise
             except BaseException:
-                self._layout.undo()
+                self._layout.end(named)  # what was done of it does no harm twice
                 raise
 
     def clear(self) -> None:
@@ -903,6 +909,10 @@ def _by_path(name: str, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
 def below(path: str, part: str) -> bool:
     """Whether the leaf at `path` is, or is in, the part of the nest at `part`."""
     return path == part or path.startswith(f"{part}/") or part == ""
+
+
+_REFUSALS = ValueError, TypeError, OverflowError
+"""The errors of a write of which nothing was written."""
 
 
 class _How(NamedTuple):

@@ -133,7 +133,7 @@ class Lanes:
         """The ring has not advanced, and will not: nothing of what was noted holds."""
         self._next_newest = None
         if self._ahead is not None:
-            items = np.asarray(self._ring.items)
+            items = np.asarray(self._ring.items, np.int64)
             last = items + self._ring.in_order(self._ahead) >= self._ring.total
             self._ahead.set(items[last] % self._ring.capacity, np.int32(0))
 
@@ -172,7 +172,7 @@ class Lanes:
         """From now on; the items that are there were all written in step."""
         newest = self.newest().copy()
         distances = Storage(DISTANCES, self._ring.capacity, backend=self._books)
-        items = np.asarray(self._ring.items)
+        items = np.asarray(self._ring.items, np.int64)
         ahead = np.where(items + self.count < self._ring.total, self.count, 0)
         if items.size:
             values = {"ahead": ahead, "behind": np.full(items.size, self.count)}

@@ -99,7 +99,7 @@ class Sampler(ABC):
         return None
 
     def added(self, items: range) -> None:  # noqa: B027  # by default there is nothing to do
-        """Items of these numbers were added; at most `capacity`."""
+        """Items of these numbers were added; at most `capacity`. After an interrupt it may be told so once more."""
 
     def update(self, rows: Array, priorities: Array) -> None:
         """The items in these rows of the storage have new priorities; the buffer has left out those that are gone."""

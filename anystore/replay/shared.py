@@ -248,9 +248,12 @@ class Shared(Plain):
             self._free.append(heapq.heappop(self._ended)[1])
         if len(self._free) < count:
             more = max(count, self._records)
-            self.storages["records"].resize((self._records + more) * self._depth)
-            self._free = [*range(self._records + more - 1, self._records - 1, -1), *self._free]
-            self._records += more
+            records = self.storages["records"]
+            try:
+                records.resize((self._records + more) * self._depth)
+            finally:  # as many as there are now, also if an interrupt came when they were there
+                count, before = records.capacity // self._depth, self._records
+                self._free, self._records = [*range(count - 1, before - 1, -1), *self._free], count
 
     def _going_on(self, lanes: NDArray[np.intp]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """The newest items of these lanes, where an episode goes on, and each with the episode's record."""

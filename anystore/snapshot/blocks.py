@@ -6,11 +6,13 @@ and leaves in memory what the system has there of other files.
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import itertools
+import os
+import queue
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from types import TracebackType
 
 import numpy as np
@@ -18,7 +20,6 @@ from numpy.typing import NDArray
 
 from anystore.backends.numpy import zeros
 from anystore.snapshot import files
-from anystore.snapshot.threads import Threads
 
 BLOCK = 1 << 22
 """The bytes of a block. What goes past the cache is in whole pages, in memory and in the file."""
@@ -27,19 +28,10 @@ COUNT = 3
 
 
 class Blocks:
-    """Memory for blocks, and the thread that writes them, to one file at a time; a context manager."""
+    """Memory for blocks, for one file at a time."""
 
     def __init__(self) -> None:
         self._blocks = zeros((COUNT, BLOCK), np.dtype(np.uint8))  # in huge pages, which a disk reads faster
-        self._thread = Threads(1)
-
-    def __enter__(self) -> Blocks:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._thread.__exit__(kind, error, traceback)
 
     def write(self, fd: int, pieces: Iterable[NDArray[np.uint8]]) -> int:
         """Write bytes to a file that is empty, and return their CRC-32.
@@ -49,18 +41,11 @@ class Blocks:
         pieces : iterable of arrays
             The bytes, one piece after the other, of any length; each is done with when the next is asked for.
         """
-        checksum, pending = 0, collections.deque[Future[None]]()
-        try:
+        checksum = 0
+        with _Writer(fd) as writer:
             for block in self._filled(pieces):
                 checksum = zlib.crc32(block.data, checksum)
-                pending.append(self._thread.submit(_write, fd, block))
-                if len(pending) == COUNT:
-                    pending.popleft().result()
-            while pending:
-                pending.popleft().result()
-        finally:
-            # Behind whatever was submitted, also what an interrupt has kept from being noted.
-            self._thread.submit(int).result()
+                writer.write(block)
         return checksum
 
     def _filled(self, pieces: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
@@ -77,6 +62,80 @@ class Blocks:
                     block, filled = next(blocks), 0
         if filled:
             yield block[:filled]
+
+
+class _Writer:
+    """A thread that writes blocks to a file, one after the other; a context manager, at whose end all are written.
+
+    Its descriptor is its own, so that it never writes to another file, whatever an interrupt does to those who wait. At
+    the end of the program, when Python starts no thread any more, blocks are written by whoever gives them.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._given: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._pending = 0
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._given.put(None)
+        try:
+            while error is None and self._pending:
+                self._wait()
+        finally:
+            if self._thread is not None:
+                self._thread.join()
+
+    def write(self, block: NDArray[np.uint8]) -> None:
+        """Write a block, in turn; all but the last COUNT - 1 are written then."""
+        if self._thread is None and len(block) == BLOCK:
+            self._start()
+        if self._thread is None:
+            _write(self._fd, block)
+            return
+        self._pending += 1
+        self._given.put(block)
+        if self._pending == COUNT:
+            self._wait()
+
+    def _start(self) -> None:
+        fd = files.duplicate(self._fd)
+        thread = threading.Thread(target=_write_all, args=(fd, self._given, self._done))
+        try:
+            thread.start()
+        except RuntimeError:
+            os.close(fd)
+        else:
+            self._thread = thread
+
+    def _wait(self) -> None:
+        error = self._done.get()
+        self._pending -= 1
+        if error is not None:
+            raise error
+
+
+def _write_all(
+    fd: int,
+    given: queue.SimpleQueue[NDArray[np.uint8] | None],
+    done: queue.SimpleQueue[BaseException | None],
+) -> None:
+    """Write what is given, until None is, or an error comes."""
+    try:
+        while (block := given.get()) is not None:
+            _write(fd, block)
+            done.put(None)
+    except BaseException as error:
+        done.put(error)
+    finally:
+        with contextlib.suppress(OSError):  # the other descriptor of the file is told of what matters
+            os.close(fd)
 
 
 def _write(fd: int, block: NDArray[np.uint8]) -> None:

@@ -35,6 +35,11 @@ def create(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
+def duplicate(fd: int) -> int:
+    """Another descriptor of the same file."""
+    return os.dup(fd)
+
+
 def write(fd: int, data: Any) -> None:
     """Write all of the bytes; what cannot pass by the system's cache goes through it."""
     view = memoryview(data)

@@ -1,4 +1,4 @@
-"""Threads for a save or a load, also when the program is about to end."""
+"""Threads for a load, also when the program is about to end."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class Threads:
             self._pool.shutdown()
 
     def submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Have it done, in turn if there is one thread."""
+        """Have it done."""
         if self._pool is not None:
             try:
                 given: Future[Result] = self._pool.submit(work, *arguments)
             except RuntimeError:
-                self._pool = None
+                pool, self._pool = self._pool, None
+                pool.shutdown()  # what it was given before is done first
             else:
                 return given
         done = Future[Result]()

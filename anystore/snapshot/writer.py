@@ -193,8 +193,8 @@ def _with_files(
     """The manifest that names the files of what is to be written, once they are there."""
     rows_nbytes = sum(rows.count * entry.row_nbytes for entry, rows in plans.values())
     total = rows_nbytes + sum(array.nbytes for array in arrays.values())
-    with Progress("saving", total, callback) as progress, Blocks() as blocks:
-        draft = _Draft(path, manifest.version, progress, blocks)
+    with Progress("saving", total, callback) as progress:
+        draft = _Draft(path, manifest.version, progress, Blocks())
         entries = {name: draft.add_layer(name, storages[name], entry, rows) for name, (entry, rows) in plans.items()}
         added = {name: draft.add_array(name, array) for name, array in arrays.items()}
     return replace(manifest, storages=entries, arrays=added)
