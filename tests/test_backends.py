@@ -380,9 +380,20 @@ class TestJax:
     def test_what_was_deleted_is_refused(self, store, index):
         value = store.get(2)
         value["b"].delete()
-        with pytest.raises(RuntimeError, match="deleted"):
+        with pytest.raises(TypeError, match="^b: the array was deleted, as one that was given away"):
             store.set(index, value)
         assert store.get([0, 1, 2, 3])["b"].tolist() == [0, 1, 2, 3]
+
+    def test_a_batch_that_was_deleted_costs_a_replay_buffer_nothing(self):
+        import jax
+
+        buffer = ReplayBuffer({"x": ArraySpec((), "int32")}, 8, backend="jax")
+        buffer.extend({"x": np.arange(8, dtype=np.int32)})
+        gone = jax.numpy.arange(8, dtype="int32")
+        gone.delete()
+        with pytest.raises(TypeError, match="^x: the array was deleted"):
+            buffer.extend({"x": gone})
+        assert buffer.size == 8
 
     @pytest.mark.parametrize("taken", [lambda store: store.buffers, lambda store: store.get(slice(0, 3))])
     def test_a_value_may_be_changed_before_xla_reads_it(self, taken):

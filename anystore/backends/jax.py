@@ -232,6 +232,8 @@ class JaxBackend(Backend):
             if not all(_fits(leaf, array, lead) for leaf, array in zip(leaves, cells.arrays())):
                 return False
             cells.taken = taken
+        if any(map(_is_deleted, leaves)):  # which `bring` refuses
+            return False
         if not self._is_alone and any(leaf.devices() != {self._device} for leaf in leaves):
             return False
         self._replace(cells, rows, leaves)
@@ -289,6 +291,8 @@ class JaxBackend(Backend):
         if isinstance(value, jax.core.Tracer):
             raise _traced("written to")
         if library_of(value) == self.library:
+            if value.is_deleted():
+                raise ValueError("the array was deleted, as one that was given away (donate_argnums) is")
             return self.move(value, dtype)
         # The compiled update sends all leaves to the device at once.
         return to_numpy(value).astype(dtype, copy=False)

@@ -10,8 +10,8 @@ import contextlib
 import itertools
 import os
 import queue
-import threading
 import zlib
+from _thread import start_new_thread
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 
@@ -67,16 +67,18 @@ class Blocks:
 class _Writer:
     """A thread that writes blocks to a file, one after the other; a context manager, at whose end all are written.
 
-    Its descriptor is its own, so that it never writes to another file, whatever an interrupt does to those who wait. At
-    the end of the program, when Python starts no thread any more, blocks are written by whoever gives them.
+    An interrupt may come anywhere. The thread has a descriptor of its own, so that it never writes to another file,
+    whoever still waits for it; and what is waited at are queues alone, since an interrupt in the midst of a method of
+    `threading` may leave its locks held. At the end of the program, when Python starts no thread any more, blocks are
+    written by whoever gives them.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._given: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[bool | BaseException] = queue.SimpleQueue()
+        self._has_thread = False
         self._pending = 0
-        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> _Writer:
         return self
@@ -85,57 +87,50 @@ class _Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._given.put(None)
-        try:
-            while error is None and self._pending:
-                self._wait()
-        finally:
-            if self._thread is not None:
-                self._thread.join()
+        while self._has_thread and (answer := self._done.get()) is not False:
+            if isinstance(answer, BaseException) and error is None:
+                raise answer
 
     def write(self, block: NDArray[np.uint8]) -> None:
         """Write a block, in turn; all but the last COUNT - 1 are written then."""
-        if self._thread is None and len(block) == BLOCK:
+        if not self._has_thread and len(block) == BLOCK:
             self._start()
-        if self._thread is None:
+        if not self._has_thread:
             _write(self._fd, block)
             return
-        self._pending += 1
         self._given.put(block)
+        self._pending += 1
         if self._pending == COUNT:
-            self._wait()
+            answer = self._done.get()
+            self._pending -= 1
+            if isinstance(answer, BaseException):
+                raise answer
 
     def _start(self) -> None:
         fd = files.duplicate(self._fd)
-        thread = threading.Thread(target=_write_all, args=(fd, self._given, self._done))
         try:
-            thread.start()
+            start_new_thread(_write_all, (fd, self._given, self._done))
         except RuntimeError:
             os.close(fd)
         else:
-            self._thread = thread
-
-    def _wait(self) -> None:
-        error = self._done.get()
-        self._pending -= 1
-        if error is not None:
-            raise error
+            self._has_thread = True
 
 
 def _write_all(
     fd: int,
     given: queue.SimpleQueue[NDArray[np.uint8] | None],
-    done: queue.SimpleQueue[BaseException | None],
+    done: queue.SimpleQueue[bool | BaseException],
 ) -> None:
-    """Write what is given, until None is, or an error comes."""
+    """Write what is given, until None is, or an error comes; answer True for each block, or the error; then False."""
     try:
         while (block := given.get()) is not None:
             _write(fd, block)
-            done.put(None)
+            done.put(True)
     except BaseException as error:
         done.put(error)
-    finally:
-        with contextlib.suppress(OSError):  # the other descriptor of the file is told of what matters
-            os.close(fd)
+    with contextlib.suppress(OSError):  # the other descriptor of the file is told of what matters
+        os.close(fd)
+    done.put(False)
 
 
 def _write(fd: int, block: NDArray[np.uint8]) -> None:
