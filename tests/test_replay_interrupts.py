@@ -58,36 +58,17 @@ class Program:
             self.lane_of.append(lanes[number % len(lanes)])
 
 
-def lines_of(action: Callable[[], object]) -> int:
-    """How many lines an action goes through of those that write."""
+def interrupt(action: Callable[[], object], at: int | None) -> int:
+    """Run an action as far as line number `at` of those that write, where Ctrl-C comes; how many it went through."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
         if not any(path in frame.f_code.co_filename for path in WRITERS):
             return None
-        count += event == "line"
-        return trace
-
-    sys.settrace(trace)
-    try:
-        action()
-    finally:
-        sys.settrace(None)
-    return count
-
-
-def interrupt(action: Callable[[], object], at: int) -> None:
-    """Run an action as far as line number `at`; there comes Ctrl-C."""
-    left = at
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if not any(path in frame.f_code.co_filename for path in WRITERS):
-            return None
         if event == "line":
-            left -= 1
-            if left == -1:
+            count += 1
+            if count - 1 == at:
                 raise KeyboardInterrupt
         return trace
 
@@ -98,6 +79,7 @@ def interrupt(action: Callable[[], object], at: int) -> None:
         pass
     finally:
         sys.settrace(None)
+    return count
 
 
 def spec_of(stacks: bool) -> dict[str, Any]:
@@ -155,7 +137,7 @@ def passes(buffer: ReplayBuffer, **how: Any) -> Iterator[Any]:
 def interrupted(make: Callable[[], Any], act: Callable[..., Any]) -> Iterator[Any]:
     """What `make` gives, once for each line of what `act` does with it, which was interrupted there."""
     first = make()
-    lines = lines_of(lambda: act(*first))
+    lines = interrupt(lambda: act(*first), None)
     assert lines > 10
     for at in range(lines):
         made = make()

@@ -121,9 +121,9 @@ class ReplayBuffer:
 
     A write that is refused changes nothing. One that is interrupted, or for which the memory runs out, is there as a
     whole or not at all, but may cost the oldest items, which it was to overwrite; with `shared` or `stacks`, so is each
-    run of `capacity` items of a batch that is longer. In a process that was forked off
-    while a thread was writing, the buffer may hold the half of what it wrote; with a disk for its device
-    (`select_backend`) it must not be used at all in one of the two.
+    run of `capacity` items of a batch that is longer. In a process that was forked off while a thread was writing, the
+    buffer may hold the half of what it wrote; with a disk for its device (`select_backend`) it must not be used at all
+    in one of the two.
 
     Examples
     --------

@@ -186,9 +186,9 @@ class Shared(Plain):
         begins[0] |= self._record[ids] < 0
         begins[1:] |= ends[:-1]
         ends[:-1] |= begins[1:]
-        oldest = self._ring.total + count - self._ring.capacity
-        self._reserve(int(begins.sum()), oldest)
-        taken = [self._free.pop() for _ in range(int(begins.sum()))]
+        oldest, episodes = self._ring.total + count - self._ring.capacity, int(begins.sum())
+        self._reserve(episodes, oldest)
+        taken = [self._free.pop() for _ in range(episodes)]
         records = self._records_of(begins, ids, taken)
         broken_off, ended = self._going_on(ids[begins[0]])
         self._change = _Change(
