@@ -41,6 +41,11 @@ _LATER = {
 """What is imported when it is asked for: for the sake of TensorFlow, and of time."""
 
 
+def __dir__() -> list[str]:
+    """What is public, whether it was imported yet or not."""
+    return sorted([*__all__, "__version__"])  # those of `anystore.tf` are not everybody's to have
+
+
 def __getattr__(name: str) -> Any:
     """The names of `_LATER`."""
     if name not in _LATER:

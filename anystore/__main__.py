@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m anystore", description="Show the backends that are there.")
     commands = parser.add_subparsers(dest="command")
-    planner = commands.add_parser("plan", help="print the bytes that a storage takes, per leaf and in all")
+    planner = commands.add_parser("plan", help="print the bytes that a storage takes, per leaf and in total")
     planner.add_argument(
         "spec",
         help="a JSON file, JSON itself or - for standard input, with {'shape': [4], 'dtype': 'float32'} at each leaf; "

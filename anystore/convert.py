@@ -57,9 +57,12 @@ def to_numpy(value: Any) -> NDArray[Any]:
     if type(value) is np.ndarray:
         return value
     try:
-        return _READERS.get(library_of(value), np.asarray)(value)
+        array = _READERS.get(library_of(value), np.asarray)(value)
     except Exception as error:
         raise TypeError(f"an array of type {type(value).__name__} cannot be read into NumPy: {error}") from error
+    if array.dtype.hasobject:  # as with a sparse or a ragged tensor of TensorFlow
+        raise TypeError(f"an array of type {type(value).__name__} is read by NumPy as an array of Python objects")
+    return array
 
 
 def _read_torch(tensor: Any) -> NDArray[Any]:
@@ -73,9 +76,15 @@ def _read_torch(tensor: Any) -> NDArray[Any]:
     return np.asarray(tensor.view({1: torch.int8, 2: torch.int16}[dtype.itemsize])).view(dtype)
 
 
+def _read_tensorflow(tensor: Any) -> NDArray[Any]:
+    # __array__ of a single bfloat16 returns a scalar, which NumPy does not take.
+    return np.asarray(tensor.numpy() if tensor.shape.rank == 0 and hasattr(tensor, "numpy") else tensor)
+
+
 _READERS: dict[str, Callable[[Any], NDArray[Any]]] = {
     # numpy.asarray reads from its CPU device only, DLPack from every one.
     "array_api_strict": np.from_dlpack,
     "cupy": lambda array: array.get(),
+    "tensorflow": _read_tensorflow,
     "torch": _read_torch,
 }

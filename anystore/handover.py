@@ -135,6 +135,8 @@ def _obstacle(leaf: Any, library: str) -> str | None:
         return "it is in main memory"
     if isinstance(leaf, np.generic) and library != "numpy":
         return "it is a single number of NumPy's, which has no memory to share"
+    if library == "torch" and isinstance(leaf, np.ndarray) and not leaf.flags.writeable:
+        return "it is read-only, and a tensor is not"
     if library_of(leaf) == "torch" and leaf.is_neg():
         return "it is the negative of what is in its memory"  # which DLPack leaves out
     address, strides, contiguous = _layout(leaf)
@@ -156,6 +158,7 @@ class _Layout(NamedTuple):
 
 def _layout(leaf: Any) -> _Layout:
     """Where the memory of a leaf starts, and how it is passed through."""
+    leaf = leaf.detach() if library_of(leaf) == "torch" else leaf  # which else refuses to say where it is
     if on_gpu(leaf) and hasattr(leaf, "__cuda_array_interface__"):
         interface = leaf.__cuda_array_interface__
         strides = interface.get("strides")
@@ -203,7 +206,7 @@ def _jax_share(array: Any) -> Any:
     import jax
 
     shared = jax.dlpack.from_dlpack(array)
-    if array.size and shared.unsafe_buffer_pointer() != _layout(array).address:
+    if 0 not in array.shape and shared.unsafe_buffer_pointer() != _layout(array).address:
         raise TypeError("JAX made a copy")
     return shared
 
@@ -217,7 +220,7 @@ def _jax_from_numpy(array: NDArray[Any]) -> Any:
 def _jax_check(dtype: np.dtype[Any]) -> None:
     import jax
 
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype.newbyteorder("="):
         raise ValueError(f'JAX narrows {dtype}; call jax.config.update("jax_enable_x64", True) first')
 
 

@@ -160,7 +160,7 @@ class Mapped:
             If another has resized the storage.
         """
         if self.mode == "r":
-            raise ValueError("a storage that was opened with mode='r' cannot be resized")
+            raise ValueError(f"{self.directory}: opened with mode='r', so it cannot be resized; open it with mode='r+'")
         with prepared(self.directory, "mapped", wait=True):
             self._check_that_none_resized_it()
             new: StorageEntry | None = None

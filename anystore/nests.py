@@ -1,7 +1,8 @@
 """A nest of leaves: taken apart, put together, and the path of each leaf ("obs/image").
 
-optree does the work. It is imported with the first nest, since it takes as long as the rest of the package. Dataclasses
-and attrs classes are made known to it, in a namespace of our own, the first time that one is met in a spec.
+optree does the work. It is imported with the first nest, since it takes as long as the rest of the package.
+Dataclasses, attrs classes and classes derived from dict, list or tuple are made known to it, in a namespace of our own,
+the first time that one is met in a spec.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 import threading
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from anystore.specs import ArraySpec, understand
 
 _NAMESPACE = "anystore"
+_CONTAINERS = {dict, list, tuple, OrderedDict, defaultdict}
 _registered: set[type] = set()
 _registering = threading.Lock()
 
@@ -25,8 +28,8 @@ class Nest:
     Parameters
     ----------
     data_spec : nest of specs
-        dict, OrderedDict, list, tuple, namedtuple, dataclass and attrs class in any depth, with ArraySpec or a
-        foreign spec at the leaves.
+        dict, list, tuple, classes derived from these (OrderedDict, namedtuple, ...), dataclass and attrs class in any
+        depth, with ArraySpec or a foreign spec at the leaves.
 
     Attributes
     ----------
@@ -197,12 +200,26 @@ def _fields(cls: type) -> dict[str, str] | None:
 
 
 def _register(cls: type) -> None:
-    """Make a dataclass or attrs class known to optree, once; other classes need nothing."""
+    """Make a class of containers known to optree, once, if it does not know it by itself."""
+    import optree
+
+    found = _as_fields(cls) or _as_subclass(cls)
+    if found is None:
+        return
+    flatten, unflatten, entry = found
+    with _registering:
+        if cls not in _registered:
+            optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=entry, namespace=_NAMESPACE)
+            _registered.add(cls)
+
+
+def _as_fields(cls: type) -> tuple[Any, Any, Any] | None:
+    """How optree takes a dataclass or attrs class apart and puts it together; None for any other class."""
     import optree
 
     fields = _fields(cls)
     if fields is None:
-        return
+        return None
     names, keywords = tuple(fields), tuple(fields.values())
 
     def flatten(node: Any) -> tuple[list[Any], None, tuple[str, ...]]:
@@ -211,16 +228,33 @@ def _register(cls: type) -> None:
     def unflatten(_: Any, leaves: Iterable[Any]) -> Any:
         return cls(**dict(zip(keywords, leaves)))
 
-    with _registering:
-        if cls not in _registered:
-            optree.register_pytree_node(
-                cls,
-                flatten,
-                unflatten,
-                path_entry_type=optree.GetAttrEntry,
-                namespace=_NAMESPACE,
-            )
-            _registered.add(cls)
+    return flatten, unflatten, optree.GetAttrEntry
+
+
+def _as_subclass(cls: Any) -> tuple[Any, Any, Any] | None:
+    """The same for a class derived from dict, list or tuple, made as these are; None for any other class."""
+    import optree
+
+    if not issubclass(cls, (dict, list, tuple)) or cls in _CONTAINERS:
+        return None
+    if optree.is_namedtuple_class(cls) or optree.is_structseq_class(cls):
+        return None
+
+    def flatten_mapping(node: Any) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+        return list(node.values()), tuple(node), tuple(node)
+
+    def unflatten_mapping(keys: Any, leaves: Iterable[Any]) -> Any:
+        return cls(dict(zip(keys, leaves)))
+
+    def flatten_sequence(node: Any) -> tuple[list[Any], None]:
+        return list(node), None
+
+    def unflatten_sequence(_: Any, leaves: Iterable[Any]) -> Any:
+        return cls(leaves)
+
+    if issubclass(cls, dict):
+        return flatten_mapping, unflatten_mapping, optree.MappingEntry
+    return flatten_sequence, unflatten_sequence, optree.SequenceEntry
 
 
 def _paths(treespec: Any) -> tuple[str, ...]:
@@ -282,7 +316,7 @@ def _alike(spec: Any, value: Any) -> bool:
     if hasattr(spec, "_fields"):
         return isinstance(value, tuple) and getattr(value, "_fields", None) == spec._fields
     if isinstance(spec, (list, tuple)):
-        return isinstance(value, type(spec)) and not hasattr(value, "_fields")
+        return isinstance(value, list if isinstance(spec, list) else tuple) and not hasattr(value, "_fields")
     return type(value) is type(spec)
 
 

@@ -50,7 +50,7 @@ class Plan:
 
 
 def plan(data_spec: Any, capacity: int) -> Plan:
-    """The bytes per leaf and in all of a storage with this spec and capacity; nothing is allocated.
+    """The bytes per leaf and in total of a storage with this spec and capacity; nothing is allocated.
 
     Raises
     ------

@@ -136,17 +136,25 @@ def _from_mask(mask: NDArray[np.bool_], capacity: int) -> IndexArray:
     return np.flatnonzero(mask)
 
 
+def _from_range(index: range, capacity: int) -> Rows:
+    for end in (*index[:1], *index[-1:]):  # before it is made into an array, which may be long
+        _inside(end, capacity)
+    if len(index) < 2:  # whose step may be past 64 bits
+        return _from_array(np.array(index, np.intp), capacity)
+    return _from_array(np.arange(index.start, index.stop, index.step, dtype=np.intp), capacity)
+
+
 def _from_sequence(index: Sequence[Any], capacity: int) -> Rows:
-    if isinstance(index, range) and index:
-        for end in (index[0], index[-1]):  # before it is made into an array, which may be long
-            _inside(end, capacity)
+    if isinstance(index, range):
+        return _from_range(index, capacity)
     try:
         array = np.asarray(index)
     except Exception:
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__} that is none of these: {index!r:.80}") from None
     if array.size == 0:
         return np.empty(array.shape, np.intp)  # NumPy makes an array of floats of an empty list
-    if array.dtype.kind in "iu" and any(isinstance(row, (bool, np.bool_)) for row in index):
+    elements = index if array.ndim == 1 else np.asarray(index, object).flat
+    if array.dtype.kind in "iu" and not {bool, np.bool_}.isdisjoint(map(type, elements)):
         raise TypeError(f"{_TAKEN}; found a {type(index).__name__} of integers and bools: {index!r:.80}")
     if array.dtype.hasobject:
         for row in array.flat:  # integers past 64 bits are out of range, and anything else is no integer

@@ -79,7 +79,7 @@ class ArraySpec:
         return ArraySpec(array.shape, array.dtype, name)
 
     def replace(self, shape: Any = None, dtype: Any = None, name: str | None = None) -> ArraySpec:
-        """A copy of this spec with the given fields in the place of its own; None keeps a field."""
+        """A copy of this spec with the given fields instead of its own; None keeps a field."""
         return ArraySpec(
             self.shape if shape is None else shape,
             self.dtype if dtype is None else dtype,
@@ -125,13 +125,13 @@ def _named_dtype(name: str) -> np.dtype[Any]:
         import ml_dtypes
     except ImportError:
         raise TypeError(
-            f"{name!r} is no dtype that NumPy knows; for bfloat16 and float8: pip install ml_dtypes"
+            f"{name!r} is not a dtype that NumPy knows; for bfloat16 and float8: pip install ml_dtypes"
         ) from None
     try:
         found = np.dtype(getattr(ml_dtypes, name))
         return found
     except (AttributeError, TypeError):
-        raise TypeError(f"{name!r} is no dtype that NumPy or ml_dtypes knows") from None
+        raise TypeError(f"{name!r} is not a dtype that NumPy or ml_dtypes knows") from None
 
 
 _KINDS = {"bool": 0, "int": 1, "uint": 1, "float": 2, "bfloat": 2, "complex": 3}
@@ -167,7 +167,10 @@ def limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
 
 
-def _dtype_name(dtype: np.dtype[Any]) -> str:
+def _dtype_name(dtype: np.dtype[Any]) -> Any:
+    """What `ArraySpec` makes this dtype of: a name, or the fields of a structured one."""
+    if dtype.names is not None:
+        return np.lib.format.dtype_to_descr(dtype)
     return dtype.name if dtype.isnative and kind_of(dtype) is not None else dtype.str
 
 

@@ -232,10 +232,10 @@ class Storage:
         Raises
         ------
         IndexError, TypeError
-            For an index that is out of range or none at all.
+            For an index that is out of range, or not an index.
         ValueError
-            If `copy` is False and views cannot be had (an array of rows; a library of immutable arrays), or `out`
-            does not fit.
+            If `copy` is False and views cannot be had (an array of rows; a library of immutable arrays), if `out`
+            does not fit, or for a slice of step 0.
         """
         rows = find_rows(idx, self._capacity, self._backend)
         if out is not None:
@@ -262,9 +262,10 @@ class Storage:
         Raises
         ------
         IndexError, TypeError
-            For an index that is out of range or none at all.
+            For an index that is out of range, or not an index.
         ValueError
-            For a structure or a shape that does not fit, with the paths of the leaves.
+            For a structure or a shape that does not fit, with the paths of the leaves; for a slice of step 0; for a
+            storage of files that was opened with mode "r".
         TypeError
             For a dtype that the storage's casting refuses.
         OverflowError
@@ -393,7 +394,7 @@ class Storage:
         keep : int, default 0
             How many of the older versions there stay loadable.
         progress : callable, optional
-            Called with the bytes that are done and the bytes in all. Without one there is a bar on the standard error
+            Called with the bytes that are done and the bytes in total. Without one there is a bar on the standard error
             past a second, if that is a terminal and rich is installed.
 
         Raises
@@ -462,7 +463,10 @@ class Storage:
 
     def __repr__(self) -> str:
         selected = "" if self._selected_from is None else ", selected"
-        head = f"Storage(capacity={self._capacity}, backend={self._backend.name!r}, device={self.device!r}{selected})"
+        where = f"backend={self._backend.name!r}, device={self.device!r}"
+        if self._mapped is not None:
+            where += f", directory={str(self._mapped.directory)!r}, mode={self._mapped.mode!r}"
+        head = f"Storage(capacity={self._capacity}, {where}{selected})"
         return f"{head}\n{self._plan(self._capacity)}"
 
     def select(self, *paths: str) -> Storage:

@@ -62,7 +62,8 @@ class NumpyStorage(tf.Module):  # type: ignore[misc]  # TensorFlow has no type h
     The buffers are made when something is first read, written or restored. Rows that were never written hold zeros.
 
     A checkpoint holds the bytes of a ``.npy`` file for each leaf, under ``_np_state/buffer0`` and so on in the order
-    of ``tf.nest``, whatever the backend: it restores into a storage on any other.
+    of ``tf.nest``, whatever the backend: it restores into a storage on any other. A restore that is refused, since a
+    leaf does not fit, may have brought others of them.
 
     Any number of threads may read at once. Writing and restoring need a lock of the caller's own against both reading
     and writing.
@@ -81,10 +82,10 @@ class NumpyStorage(tf.Module):  # type: ignore[misc]  # TensorFlow has no type h
         self, data_spec: Any, capacity: int, *, backend: Any = "numpy", device: Any = None, name: str | None = None
     ) -> None:
         super().__init__(name=name)
-        self._storage = _Storage(data_spec, capacity, backend, device)
+        self._anystore = _Storage(data_spec, capacity, backend, device)
         self._np_state = tf.__internal__.tracking.AutoTrackable()
-        for number, position in enumerate(self._storage.tf_order()):
-            setattr(self._np_state, f"buffer{number}", _SavedBuffer(self._storage, position))
+        for number, position in enumerate(self._anystore.tf_order()):
+            setattr(self._np_state, f"buffer{number}", _SavedBuffer(self._anystore, position))
 
     def get(self, idx: Any) -> Any:
         """The items at `idx`.
@@ -106,11 +107,9 @@ class NumpyStorage(tf.Module):  # type: ignore[misc]  # TensorFlow has no type h
         Raises
         ------
         IndexError, TypeError
-            For an index that is out of range or none at all (None, a bool and a tuple among them).
+            For an index that is out of range, or not an index (None, a bool and a tuple among them).
         """
-        # As NumPy has it, an array of no dimensions reads a copy where the same number reads a view.
-        is_array_of_one = type(idx) is np.ndarray and not idx.ndim
-        return self._storage.get(idx, copy=True if is_array_of_one else None)
+        return self._anystore.get(idx, copy=True if _is_array_of_one(idx) else None)
 
     def set(self, table_idx: Any, value: Any) -> None:
         """Write `value` to the rows at `table_idx`, whole or not at all.
@@ -127,12 +126,12 @@ class NumpyStorage(tf.Module):  # type: ignore[misc]  # TensorFlow has no type h
         Raises
         ------
         IndexError, TypeError
-            For an index that is out of range or none at all.
+            For an index that is out of range, or not an index.
         ValueError
             For a nest that is not like the spec, and for a leaf that NumPy refuses to assign; with the path of the
             leaf. Nothing has been written.
         """
-        self._storage.set(table_idx, value)
+        self._anystore.set(table_idx, value)
 
     @property
     def storage(self) -> Storage:
@@ -148,7 +147,7 @@ class NumpyStorage(tf.Module):  # type: ignore[misc]  # TensorFlow has no type h
             store.set(..., anystore.load("snapshot").get(..., copy=None))
             tf.train.Checkpoint(store=store).save("checkpoint")
         """
-        return self._storage
+        return self._anystore
 
 
 class NumpyState(tf.__internal__.tracking.AutoTrackable):  # type: ignore[misc]  # TensorFlow has no type hints
@@ -183,7 +182,7 @@ class NumpyState(tf.__internal__.tracking.AutoTrackable):  # type: ignore[misc] 
         if isinstance(value, (np.ndarray, np.generic)):
             is_new = name not in vars(self)
             object.__setattr__(self, name, value)
-            if is_new:
+            if is_new and name in vars(self):  # and not what the setter of a property took
                 self._track_trackable(_SavedAttribute(self, name), name, overwrite=True)
         elif self._is_bookkeeping(name):
             super().__setattr__(name, value)
@@ -200,10 +199,24 @@ class NumpyState(tf.__internal__.tracking.AutoTrackable):  # type: ignore[misc] 
 
     def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
         found = super()._lookup_dependency(name, cached_dependencies)
-        # A restore is what asks with the dependencies at hand; whatever name it asks for is made for it.
-        if found is None and cached_dependencies is not None:
+        # A restore is what asks with the dependencies at hand; whatever name it asks for is made for it, but for what a
+        # checkpoint keeps of its own in its root.
+        if found is None and cached_dependencies is not None and name != "save_counter":
             found = self._track_trackable(_SavedAttribute(self, name), name)
         return found
+
+    def _trackable_children(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        children = super()._trackable_children(*arguments, **options)
+        # A restore asked for these and failed, or found no array to bring.
+        missing = {n for n, c in children.items() if isinstance(c, _SavedAttribute) and n not in vars(self)}
+        return {name: child for name, child in children.items() if name not in missing}
+
+    def __copy__(self) -> NumpyState:
+        made = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            if isinstance(value, (np.ndarray, np.generic)):
+                NumpyState.__setattr__(made, name, value)
+        return made
 
 
 class _SavedAttribute(tf.train.experimental.PythonState):  # type: ignore[misc]  # TensorFlow has no type hints
@@ -235,7 +248,7 @@ class _SavedBuffer(tf.train.experimental.PythonState):  # type: ignore[misc]  # 
         return stream.getvalue()
 
     def deserialize(self, string_value: bytes) -> None:
-        self._storage.restore_buffer(self._position, _read_npy(string_value))
+        self._storage.restore_buffer(self._position, string_value)
 
 
 class _TensorflowNest(Nest):
@@ -317,21 +330,29 @@ class _Storage(Storage):
             return
         shape, descr = (self._capacity, *spec.shape), np.lib.format.dtype_to_descr(spec.dtype)
         header = {"shape": shape, "fortran_order": False, "descr": descr}
-        np.lib.format.write_array_header_1_0(stream, header)
+        try:
+            np.lib.format.write_array_header_1_0(stream, header)
+        except (UnicodeEncodeError, ValueError):  # names of fields that version 1 of the format has no room for
+            np.save(stream, to_numpy(existing[position]))
+            return
         for rows in self._chunks(spec):
             (chunk,) = self._backend.gather([existing[position]], rows, None)
             stream.write(np.ascontiguousarray(to_numpy(chunk)).reshape(-1).view(np.uint8).data)
 
-    def restore_buffer(self, position: int, array: NDArray[Any]) -> None:
-        """Bring the buffer of a leaf to what was saved of it.
+    def restore_buffer(self, position: int, content: bytes) -> None:
+        """Bring the buffer of a leaf to what was saved of it, a ``.npy`` file.
 
         Raises
         ------
         ValueError
-            If `array` has not the shape and dtype of the buffer; with the path of the leaf.
+            If it is no such file, or not of the shape and dtype of the buffer; with the path of the leaf.
         """
+        existing, spec, where = self._existing(), self._nest.specs[position], label(self._nest.paths[position])
+        try:
+            array = _read_npy(content)
+        except Exception as error:
+            raise ValueError(f"{where}: the checkpoint does not hold a whole .npy file: {error}") from error
         self._track(None)  # buffers change here without a set, so that the next snapshot is to be written whole
-        existing, spec = self._existing(), self._nest.specs[position]
         if array.ndim == 0:
             existing.pop(position, None)
             if len(self._selections):  # which have theirs at all times
@@ -342,7 +363,7 @@ class _Storage(Storage):
             return
         if array.dtype != spec.dtype and array.dtype.kind == spec.dtype.kind == "V":
             array = _as_extension(array, spec.dtype)
-        expected, where = (self._capacity, *spec.shape), label(self._nest.paths[position])
+        expected = (self._capacity, *spec.shape)
         if array.shape != expected or array.dtype != spec.dtype:
             raise ValueError(
                 f"{where}: expected a checkpoint of shape {expected} and {spec.dtype}, found one of shape "
@@ -399,16 +420,23 @@ def _is_tf_agents_spec(cls: type) -> bool:
 def _plain(node: Any) -> Any:
     """A copy of the containers, less the wrappers that a tf.Module puts around those that are assigned to it."""
     node = getattr(node, "__wrapped__", node)
-    if isinstance(node, list):
-        return [_plain(child) for child in node]
-    if isinstance(node, tuple):
+    if isinstance(node, (list, tuple)):
         children = [_plain(child) for child in node]
-        return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+        if hasattr(node, "_fields"):
+            return type(node)(*children)
+        return children if type(node).__name__ == "ListWrapper" else type(node)(children)
     if isinstance(node, dict):
         plain = copy.copy(node)
         plain.update({key: _plain(child) for key, child in node.items()})
         return plain
     return node
+
+
+def _is_array_of_one(idx: Any) -> bool:
+    """Whether NumPy takes an index for an array of no dimensions, which reads a copy where a number reads a view."""
+    if type(idx) is int or not is_array(idx) or isinstance(idx, np.generic) or len(idx.shape):
+        return False
+    return isinstance(idx, np.ndarray) or not hasattr(idx, "__index__")
 
 
 _NUMBERS = (np.generic, bool, int, float, complex)
@@ -469,6 +497,7 @@ def _assigned(leaf: Any, spec: ArraySpec, path: str, lead: tuple[int, ...], libr
     """
     if not isinstance(leaf, _NUMBERS) and not is_array(leaf):
         leaf = _sole(leaf, spec, path)
+        leaf = np.asarray(leaf) if hasattr(leaf, "__array__") else leaf
     found, dtype, shape = library_of(leaf), getattr(leaf, "dtype", None), tuple(getattr(leaf, "shape", ()))
     is_stored_as_it_is = dtype is not None and (dtype == spec.dtype if found == "numpy" else found == library)
     if is_stored_as_it_is and shape in (spec.shape, lead + spec.shape):
@@ -478,7 +507,7 @@ def _assigned(leaf: Any, spec: ArraySpec, path: str, lead: tuple[int, ...], libr
     place = np.empty(shape or 1, spec.dtype)
     try:
         place[... if shape else 0] = to_numpy(leaf) if dtype is not None and found != "numpy" else leaf
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # each library has others of its own
         raise ValueError(f"{label(path)}: NumPy cannot store this for {spec}: {leaf!r:.80} ({error})") from error
     return place.reshape(shape)
 

@@ -197,6 +197,8 @@ def train(buffer: ReplayBuffer, env: Any, learner: Learner, steps: int, seed: in
     A learner that reaches the goal once is evaluated again, on other episodes; that is what counts.
     """
     rng = np.random.default_rng(seed)
+    sampler = buffer.sampler
+    assert isinstance(sampler, Prioritized)
     recorder = Recorder(buffer, env)
     # Drawn when they are asked for, not ahead, so that a seed gives the same run whatever the machine does.
     batches = buffer.batches(BATCH, prefetch=0, to=learner.library, n_step=N_STEP, discount=DISCOUNT)
@@ -211,7 +213,7 @@ def train(buffer: ReplayBuffer, env: Any, learner: Learner, steps: int, seed: in
         recorder.step(action, obs, *returned)
         if buffer.total_added < WARM_UP:
             continue
-        buffer.sampler.beta = 0.4 + 0.6 * progress
+        sampler.beta = 0.4 + 0.6 * progress
         for _, sample in zip(range(UPDATES), batches):
             buffer.update_priorities(sample.rows, learner.learn(sample))
         if buffer.total_added >= evaluation:

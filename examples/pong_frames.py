@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         compared = check_same(buffer, plain)
         seconds += play(games, recorders[:1], options.steps)
     rates = buffer.total_added / seconds
-    draw(buffer.sample(DRAWN), games.envs[0].unwrapped.get_action_meanings(), options.output)
+    pong: Any = games.envs[0].unwrapped
+    draw(buffer.sample(DRAWN), pong.get_action_meanings(), options.output)
     games.close()
 
     each, plainly = buffer.nbytes / buffer.capacity, plan(spec, 1_000).nbytes / 1_000

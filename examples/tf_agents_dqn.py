@@ -29,7 +29,7 @@ from tf_agents.utils import common
 from anystore import NumpyState, NumpyStorage  # instead of: from tf_agents.utils.numpy_storage import ...
 
 
-class Replay(tf.Module):
+class Replay(tf.Module):  # type: ignore[misc]  # TensorFlow has no type hints
     """The last steps of the collection, and the observer that adds to them."""
 
     def __init__(self, data_spec: Any, capacity: int, seed: int) -> None:

@@ -88,6 +88,7 @@ NO_INDICES: dict[str, tuple[Any, type[Exception], str]] = {
     "float array": (np.array([1.0]), IndexError, "found an array of float64"),
     "list of floats": ([1.0, 2.0], IndexError, "found an array of float64"),
     "list of integers and bools": ([3, True], TypeError, r"found a list of integers and bools: \[3, True\]"),
+    "nested list of integers and bools": ([[3, True]], TypeError, r"found a list of integers and bools: \[\[3, T"),
     "list of strings": (["a"], IndexError, "found an array of <U1"),
     "float": (1.0, TypeError, "an index is an int, a slice, integers .* found a float: 1.0"),
     "numpy float": (np.float64(1.0), TypeError, "found a float64"),
@@ -635,7 +636,8 @@ class StorageContract:
         assert store.backend.name == self.backend
         assert store.device == (self.device or store.backend.device)
         lines = repr(store).splitlines()
-        assert lines[0] == f"Storage(capacity=10, backend='{self.backend}', device='{store.device}')"
+        mapped = "" if store.directory is None else f", directory='{store.directory}', mode='r+'"
+        assert lines[0] == f"Storage(capacity=10, backend='{self.backend}', device='{store.device}'{mapped})"
         assert lines[3].split() == ["obs/image", "(3,", "2)", "uint8", "60", "bytes"]
         assert lines[-1].split() == ["total", str(store.nbytes), "bytes"]
 

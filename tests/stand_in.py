@@ -135,6 +135,10 @@ class Event:
         stream = stream or get_current_stream()
         self.at = stream, len(stream.work)
 
+    @property
+    def done(self) -> bool:
+        return self.at is None or self.at[0].done >= self.at[1]
+
     def synchronize(self) -> None:
         if self.at is not None:
             self.at[0].run(self.at[1])
@@ -389,7 +393,7 @@ def _filled(array: Any) -> ndarray:
     return new
 
 
-def asarray(value: Any, dtype: Any = None) -> ndarray:
+def asarray(value: Any, dtype: Any = None, *, blocking: bool = False) -> ndarray:
     if isinstance(value, ndarray):
         return value.astype(dtype or value.dtype, copy=False) if value.device == Device() else value.copy()
     return _filled(np.array(value, dtype))
@@ -468,7 +472,8 @@ def _computed(function: Callable[..., Any], arguments: Any, options: Any) -> Any
 class Philox4x3210:
     """A bit generator of the device that is current when it is made, seeded as CuPy seeds it: by 32 bits."""
 
-    def __init__(self, seed: np.random.SeedSequence) -> None:
+    def __init__(self, seed: np.random.SeedSequence, *, size: int) -> None:
+        assert size % 256 == 0
         self.bits = np.random.Philox(int(seed.generate_state(1, np.uint32)[0]))
         self.device_id = _here.device
 

@@ -18,6 +18,7 @@ import anystore.backends
 from anystore import ArraySpec, Storage, available_backends, select_backend
 from anystore.backends.base import parse_device, resolve_device
 from anystore.backends.numpy import NumpyBackend
+from anystore.convert import to_numpy
 from anystore.replay import Prioritized, ReplayBuffer
 from tests import stand_in
 
@@ -280,6 +281,33 @@ class TestJax:
         store = Storage({"a": ArraySpec((2,), "float32"), "b": ArraySpec((), "int32")}, 4, backend="jax", device="cpu")
         store.set(..., {"a": np.ones((4, 2), np.float32), "b": np.arange(4, dtype=np.int32)})
         return store
+
+    @pytest.mark.parametrize("write", ["rows", "slice", "rows on the device", "lent", "resize"])
+    def test_64_bits_stay_64_bits_in_threads_that_do_not_ask_for_them(self, write):
+        """As that of `ReplayBuffer.batches`: `jax.enable_x64`, as a context, is the business of one thread."""
+        jax = pytest.importorskip("jax", minversion="0.8")
+        numbers = np.arange(4) + 2**40
+        with jax.enable_x64(True):
+            store = Storage(
+                {"i": ArraySpec((), "int64"), "f": ArraySpec((), "float64")}, 4, backend="jax", device="cpu"
+            )
+            store.set(..., {"i": numbers, "f": numbers / 3})
+            own = {"i": jax.numpy.asarray(numbers[:2]), "f": jax.numpy.asarray(numbers[:2] / 3)}
+        if write == "lent":
+            store.buffers  # noqa: B018  # which XLA copies then
+        if write == "resize":
+            store.resize(5)
+            store.resize(4)
+        elif write == "rows on the device":
+            store.set([0, 1], own)
+        else:
+            index = slice(0, 2) if write == "slice" else [0, 1]
+            store.set(index, {"i": numbers[:2], "f": numbers[:2] / 3})
+        for index in (..., [0, 1, 2, 3], np.arange(4)):
+            found = store.get(index)
+            assert to_numpy(found["i"]).tolist() == numbers.tolist()
+            assert to_numpy(found["f"]).tolist() == (numbers / 3).tolist()
+        assert int(store.get(3)["i"]) == numbers[3]
 
     def test_a_write_within_jit_is_refused(self, store):
         import jax
@@ -637,6 +665,66 @@ class TestTorch:
                 match="expected an array of torch on cpu that can be written to in out=, found a Tensor on cpu",
             ):
                 store.get([1, 2], out=torch.zeros(2, 3).to_sparse())
+
+    @pytest.mark.parametrize("backend", ["torch", "numpy"])
+    def test_refuses_sparse_tensors(self, backend):
+        torch = pytest.importorskip("torch")
+        store = Storage({"x": ArraySpec((3,), "float32")}, 4, backend=backend, device="cpu")
+        with pytest.raises(TypeError, match=r"^x: .*to_dense\(\)"):
+            store.set(0, {"x": torch.ones(3).to_sparse()})
+
+    def test_out_that_cannot_be_filled_is_refused_before_anything_is(self):
+        torch = pytest.importorskip("torch")
+        spec = {"a": ArraySpec((), "int32"), "b": ArraySpec((3,), "float32")}
+        store = Storage(spec, 4, backend="torch", device="cpu")
+        store.set(..., {"a": 7, "b": [7, 7, 7]})
+        with torch.inference_mode():
+            inference = torch.zeros(2, 6)[:, ::2]
+        for wrong in (torch.zeros(1, 3).expand(2, 3), inference):
+            out = {"a": torch.zeros(2, dtype=torch.int32), "b": wrong}
+            with pytest.raises(
+                ValueError, match="^b: expected an array of torch on cpu that can be written to in out="
+            ):
+                store.get([1, 2], out=out)
+            assert out["a"].tolist() == [0, 0]
+
+    def test_autograd_sees_that_out_was_filled(self):
+        torch = pytest.importorskip("torch")
+        store = Storage(ArraySpec((3,), "float32"), 4, backend="torch", device="cpu")
+        out, weights = store.get([0, 1]), torch.ones(3, requires_grad=True)
+        loss = (weights * out).sum()
+        store.get([0, 1], out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_axes_of_one_with_negative_strides(self):
+        pytest.importorskip("torch")
+        store = Storage({"p": ArraySpec((2,), "int8"), "q": ArraySpec((), "float32")}, 4, backend="torch")
+        store.set([1], {"p": np.ones((1, 2), np.int8)[::-1], "q": np.ones(1)})  # of which q is to be converted
+        assert store.get(1)["p"].tolist() == [1, 1]
+
+    def test_what_was_made_in_inference_mode_is_written_outside_of_it(self):
+        torch = pytest.importorskip("torch")
+        as_elsewhere = importlib.import_module("anystore.backends.torch").TorchBackend("cpu")
+        for backend in (as_elsewhere, "torch"):
+            with torch.inference_mode():
+                store = Storage(ArraySpec((), "float32"), 4, backend=backend)
+                store.resize(5)
+            store.set(2, 1.5)
+            store.get(slice(0, 3), copy=False)[0] = 2.5
+            assert store.get(...).tolist() == [2.5, 0, 1.5, 0, 0]
+
+    @pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "float8_e5m2", "bool", "complex128"])
+    def test_every_dtype_where_torch_itself_moves_the_rows(self, dtype):
+        torch = pytest.importorskip("torch")
+        backend = importlib.import_module("anystore.backends.torch").TorchBackend("cpu")
+        store = Storage(ArraySpec((2,), dtype), 4, backend=backend)
+        value = torch.tensor([[1, 0], [0, 1], [1, 1]]).to(getattr(torch, dtype))
+        store.set([3, 1, 3], value)
+        out = store.get([1, 3])
+        assert out.dtype == value.dtype
+        assert out.view(torch.uint8).tolist() == value[1:].contiguous().view(torch.uint8).tolist()
+        assert store.get([3, 1], out=out).view(torch.uint8).tolist() == value.flip(0)[:2].view(torch.uint8).tolist()
 
     def test_takes_tensors_of_any_layout(self):
         torch = pytest.importorskip("torch")

@@ -69,7 +69,7 @@ class TestPlan:
             ("{", "expected JSON"),
             ('{"a": [1, 3]}', "a/0: expected {'shape': [...], 'dtype': '...'} at each leaf, found 1"),
             ('{"a": {"shape": [-1], "dtype": "int8"}}', "a: expected a shape without negative lengths"),
-            ('[{"b": {"shape": [1], "dtype": "real"}}]', "0/b: 'real' is no dtype"),
+            ('[{"b": {"shape": [1], "dtype": "real"}}]', "0/b: 'real' is not a dtype"),
             ('{"shape": [1], "dtype": "int8", "unit": "m"}', "the item: expected a shape, a dtype and perhaps a name"),
             ("[]", "expected a nest with at least one ArraySpec"),
             ("nowhere.json", "No such file"),

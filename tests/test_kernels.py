@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import weakref
 from typing import Any
 
 import numpy as np
@@ -295,7 +296,7 @@ class TestTorchCudaOnAStandIn(StorageContract):
             from anystore.kernels import Stream
 
             class OnTheHost(TorchCudaBackend):
-                def _here(self):
+                def here(self):
                     return contextlib.nullcontext()
 
                 def _stream(self):
@@ -476,6 +477,22 @@ class TestCupyBackend:
         assert store.get([4, 2, 6]).get().tolist() == [7, 8, 9]
         store.set([4, 2], Handed(self.on_device(np.array([1, 0], np.int64))))
         assert store.get([4, 2]).get().tolist() == [1, 0]
+
+    def test_what_another_library_hands_over_is_kept_until_it_was_read(self):
+        store = self.make(ArraySpec((), "int32"))
+
+        def put() -> Any:
+            value = Handed(self.on_device(np.array([7, 8, 9], np.int32)))
+            store.set([4, 2, 6], value)
+            return weakref.ref(value)
+
+        first = put()
+        assert first() is not None
+        with self.cupy.cuda.Device(1):
+            self.cupy.cuda.get_current_stream().synchronize()
+        second = put()
+        assert first() is None
+        assert second() is not None
 
     def test_a_bool_handed_over_as_bytes(self):
         store = self.make(ArraySpec((), "bool"))

@@ -105,9 +105,14 @@ class TestFiles:
         Storage(SPEC, 10, directory=path).set(3, batch(3))
         reader = Storage(SPEC, 10, directory=path, mode="r")
         for rows, value in ((3, batch(5)), ([1, 2], batch([1, 2])), (..., batch(1))):
-            with pytest.raises(ValueError, match="the buffers are read-only, as with mode='r'; nothing was written"):
+            with pytest.raises(
+                ValueError, match="nothing was written: the storage is open for reading only; open it w"
+            ):
                 reader.set(rows, value)
-        with pytest.raises(ValueError, match="cannot be resized"):
+        assert f", device='cpu', directory='{path}', mode='r')" in repr(reader)
+        with pytest.raises(
+            ValueError, match=f"^{path}: opened with mode='r', so it cannot be resized; open it with mode="
+        ):
             reader.resize(5)
         with pytest.raises(ValueError, match="read-only"):
             reader.get(3, copy=False)["action"][0][...] = 5

@@ -36,6 +36,19 @@ def filled(nest_of: Any) -> Any:
     return Storage(nest_of(X, Y), 4), nest_of(np.int32(3), np.array([1, 2], np.float32))
 
 
+class OwnDict(dict):
+    def __repr__(self) -> str:
+        return f"OwnDict({dict(sorted(self.items()))})"
+
+
+class OwnList(list):
+    """Of a class of the user's own."""
+
+
+class OwnTuple(tuple):
+    __slots__ = ()
+
+
 NESTS = {
     "dict": lambda x, y: {"x": x, "y": y},
     "dict of mixed keys": lambda x, y: {1: x, "y": y},
@@ -44,6 +57,8 @@ NESTS = {
     "tuple": lambda x, y: (x, y),
     "namedtuple": lambda x, y: Point(x, y),
     "dataclass": lambda x, y: Step(y=y, x=x),
+    "dict of a class of its own": lambda x, y: OwnDict(y=y, x=x),
+    "list and tuple of classes of their own": lambda x, y: OwnList([OwnTuple([x]), y]),
     "deep": lambda x, y: {"a": [Outer(Point(x, [y]), {"z": (x, Step(y, x))}), ()], "b": {}},
 }
 
@@ -109,6 +124,10 @@ class TestWhatIsTakenForANest:
 
         store = Storage([X, Y], 4)
         store.set(0, Own([7, [1, 1]]))
+        assert store.get(0)[0] == 7
+        store = Storage(Own([X, Y]), 4)
+        store.set(0, [7, [1, 1]])
+        assert type(store.get(0)) is Own
         assert store.get(0)[0] == 7
 
     @pytest.mark.parametrize(

@@ -665,7 +665,7 @@ class ReplayContract:
                 match=r"^6 items of 2 lane\(s\) hold no window of 4 steps that can be drawn; add more, or ask",
             ):
                 draw(4, num_steps=4)
-        with pytest.raises(ValueError, match="^none of 2 items can be drawn, or begins such a window; add more$"):
+        with pytest.raises(ValueError, match="^none of the 2 items that could be drawn, or could begin a window, is "):
             buffer.sample(4, num_steps=3, at_end="whole")
         assert list(one_pass(buffer, num_steps=3, at_end="whole")) == []
         assert to_numpy(buffer.sample(5, num_steps=9, at_end="pad").mask).shape == (5, 9)
@@ -692,8 +692,11 @@ class ReplayContract:
             buffer.sample(2, num_steps=2, n_step=2)
         with pytest.raises(ValueError, match='^expected at_end to be "cross", "pad" or "whole", found \'wrap\'$'):
             buffer.sample(2, num_steps=2, at_end="wrap")  # type: ignore[arg-type]
+        for draw in (buffer.sample, buffer.one_pass, buffer.batches(2, discount=0.9).__next__):
+            with pytest.raises(ValueError, match="^discount=0.9 is for n-step returns; give n_step= as well$"):
+                draw(**({} if draw.__name__ == "__next__" else {"batch_size": 2, "discount": 0.9}))  # type: ignore[operator]
 
-    @pytest.mark.parametrize("discount", [float("nan"), float("inf"), -0.5, "0.9", [0.5], None], ids=str)
+    @pytest.mark.parametrize("discount", [float("nan"), float("inf"), -0.5, "0.9", [0.5]], ids=str)
     def test_a_discount_that_is_none(self, discount: Any) -> None:
         buffer = self.stepped(6)
         with pytest.raises(ValueError, match="^expected a finite discount of 0 or more, found "):
@@ -719,9 +722,35 @@ class ReplayContract:
         buffer = self.make(spec={"reward": NUMBER, "terminated": NUMBER})
         buffer.extend({"reward": np.ones(3, np.float32), "terminated": np.zeros(3, np.float32)})
         with pytest.raises(
-            ValueError, match='^n-step returns need a bool leaf "terminated", found one of float32; name'
+            ValueError, match="^terminated: n-step returns need a leaf of bools, found one of float32; "
         ):
             buffer.sample(2, n_step=2)
+
+    def test_a_flag_that_is_not_of_bools_is_not_passed_over(self) -> None:
+        for name, other in (("terminated", "truncated"), ("truncated", "terminated")):
+            spec = {"reward": NUMBER, other: FLAG, name: ArraySpec((), "uint8")}
+            buffer = self.make(spec=spec)
+            buffer.extend({"reward": np.ones(3, np.float32), other: np.zeros(3, bool), name: np.zeros(3, np.uint8)})
+            for how in ({"n_step": 2}, {"num_steps": 2, "at_end": "pad"}, {"num_steps": 2, "at_end": "whole"}):
+                with pytest.raises(ValueError, match=f"^{name}: .* need a leaf of bools, found one of uint8; make it"):
+                    buffer.sample(2, **how)
+            assert buffer.sample(2, num_steps=2).items["reward"].shape == (2, 2)
+
+    @pytest.mark.parametrize("name", ["next_observations", "obs_next", "Next/obs"])
+    def test_what_comes_after_by_another_name_is_not_passed_over(self, name: str) -> None:
+        spec = {"obs": NUMBER, name: NUMBER, "reward": NUMBER, "terminated": FLAG}
+        items = {key: np.zeros(4, bool if key == "terminated" else np.float32) for key in spec}
+        items[name] = np.arange(4, dtype=np.float32)
+        buffer = self.make(spec=spec)
+        buffer.extend(items)
+        with pytest.raises(ValueError, match=rf"^{name}: n-step returns need .* following=\['{name}'\]\), or followi"):
+            buffer.sample(2, n_step=2)
+        for following, steps in (([name], 1), ([], 0)):
+            buffer = self.make(spec=spec, following=following)
+            buffer.extend(items)
+            (sample,) = buffer.one_pass(4, n_step=2)
+            expected = np.minimum(to_numpy(sample.rows) + steps, 3)
+            np.testing.assert_array_equal(to_numpy(sample.items[name]), expected)
 
     @pytest.mark.parametrize(
         ("wrong", "text"),
@@ -834,7 +863,7 @@ class ReplayContract:
         numbers = np.arange(20, dtype=np.int32)
         spec = {**STEPS, **dict.fromkeys(("next_obs", "mask", "next_mask", "next_hint"), ArraySpec((), "int32"))}
         batch = {**steps(0, 20, terminated=[9]), **dict.fromkeys(("next_obs", "next_mask", "next_hint"), numbers + 1)}
-        for following, hints in ((None, 1), (["next_obs", "next_hint"], 3)):
+        for following, hints in (("next_obs", 1), (["next_obs", "next_hint"], 3)):
             buffer = self.make(20, spec, shared={"next_mask": "mask"}, following=following)
             buffer.extend({**batch, "mask": numbers})
             for sample in one_pass(buffer, n_step=3):
@@ -914,8 +943,8 @@ class ReplayContract:
             ({"lanes": 11}, "^expected a capacity of 11 or more, a row for each lane, found 10$"),
             ({"lanes": 2.0}, "^expected lanes to be an int of 1 or more, found 2.0$"),
             ({"lanes": True}, "^expected lanes to be an int of 1 or more, found True$"),
-            ({"reward": "rewards"}, "^'rewards' is no leaf of the spec; there are reward, terminated, truncated, x$"),
-            ({"terminated": "done"}, "^'done' is no leaf of the spec; there are reward, terminated, truncated, x$"),
+            ({"reward": "rewards"}, "^'rewards' is not a leaf of the spec; there are reward, terminated, truncated, "),
+            ({"terminated": "done"}, "^'done' is not a leaf of the spec; there are reward, terminated, truncated, x$"),
             (
                 {"truncated": "x"},
                 r"^x: expected a flag, ArraySpec\(\(\), 'bool'\), found ArraySpec\(\(\), 'int32'\); give ",

@@ -823,8 +823,8 @@ def test_values_of_another_number_of_environments(mode):
         refused(
             recorder, r"truncated: expected shape \(3,\), found \(3, 1\)", *returned[:3], terminated, truncated[:, None]
         )
-        refused(recorder, r"action: expected 3 in front, .* found shape \(2,\)", action[:2], *returned)
-        refused(recorder, r"action: expected 3 in front, .* found shape \(\)", 0, *returned)
+        refused(recorder, r"action: expected shape \(3,\), 3 environments in front, found \(2,\)", action[:2], *returned)
+        refused(recorder, r"action: expected shape \(3,\), 3 environments in front, found \(\)", 0, *returned)
         recorder.step(action, *returned)
     check_all(recorder.buffer, "box", model(mode, 8))
     with pytest.raises(ValueError, match=r"obs: expected shape \(3, 3\), found \(3,\)"):
@@ -867,6 +867,42 @@ def test_lanes_that_are_not_there():
             recorder.reset(obs, lanes=lanes)
 
 
+def test_one_value_is_not_taken_for_all_environments():
+    env = vectorized("next_step")
+    spec = {**transition_spec(env), "hidden": ArraySpec((LANES,), "float32")}
+    recorder = Recorder(ReplayBuffer(spec, 100, lanes=LANES, seed=0), env)
+    recorder.reset(*env.reset())
+    action, hidden = np.zeros(LANES, int), np.zeros((LANES, LANES), np.float32)
+    returned = env.step(action)
+    expected = rf"^hidden: expected shape \({LANES}, {LANES}\), {LANES} environments in front, found \({LANES},\)$"
+    refused(recorder, expected, action, *returned, hidden=hidden[0])
+    refused(
+        recorder,
+        r"^action: expected shape \(3,\), 3 environments in front, found \(\)$",
+        action[0],
+        *returned,
+        hidden=hidden,
+    )
+    recorder.step(action, *returned, hidden=hidden)
+
+
+def test_a_part_called_info():
+    env = vectorized("next_step")
+    spec = {**transition_spec(env), "info": ArraySpec((), "float32")}
+    with pytest.raises(ValueError, match="^info: expected another name for this part, since step takes the infos by"):
+        Recorder(ReplayBuffer(spec, 100, lanes=LANES), env)
+
+
+def test_what_is_no_environment_of_gymnasium_s():
+    class VecEnv:
+        num_envs, observation_space, action_space = 3, None, None
+
+    with pytest.raises(
+        ValueError, match="^expected an environment with single_observation_space .* found a VecEnv with"
+    ):
+        transition_spec(VecEnv())
+
+
 @needs_modes
 @pytest.mark.parametrize("lose", ["all", "one", "mask", "infos"])
 def test_a_final_observation_that_is_missing(lose):
@@ -887,6 +923,10 @@ def test_a_final_observation_that_is_missing(lose):
         "infos": None,
     }[lose]
     refused(recorder, "of environment 1 is over, and the infos hold no final_obs of it", action, obs, *flags, broken)
+    final = infos["final_obs"].copy()
+    final[1] = np.float32(7)
+    expected = r"^next_obs: expected shape \(\d,\) in final_obs of environment 1, found \(\)$"
+    refused(recorder, expected, action, obs, *flags, {**infos, "final_obs": final})
     recorder.step(action, obs, *flags, infos)
     check_all(recorder.buffer, "box", model("same_step", 4))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 
 from anystore import ArraySpec
 from anystore.convert import to_numpy
-from anystore.replay import Prioritized, ReplayBuffer
+from anystore.replay import Prioritized, Recorder, ReplayBuffer, transition_spec
 
 CAPACITY = 24
 WRITERS = "/anystore/replay/", "/anystore/storage.py"
+FEED = ("/anystore/replay/feed.py",)
 FLAG = ArraySpec((), "bool")
 FRAMES = 3
 
@@ -58,13 +60,13 @@ class Program:
             self.lane_of.append(lanes[number % len(lanes)])
 
 
-def interrupt(action: Callable[[], object], at: int | None) -> int:
-    """Run an action as far as line number `at` of those that write, where Ctrl-C comes; how many it went through."""
+def interrupt(action: Callable[[], object], at: int | None, where: tuple[str, ...] = WRITERS) -> int:
+    """Run an action as far as line number `at` of those in some files, where Ctrl-C comes; how many it went through."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal count
-        if not any(path in frame.f_code.co_filename for path in WRITERS):
+        if not any(path in frame.f_code.co_filename for path in where):
             return None
         if event == "line":
             count += 1
@@ -254,3 +256,56 @@ def test_no_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_right(buffer, program)
     add(buffer, program, [1], batch)
     assert_right(buffer, program)
+
+
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_batches_go_on_after_any_number_of_interrupts(prefetch: int) -> None:
+    """Each of them costs no more than the batch that was asked for, and leaves no thread behind."""
+    buffer = ReplayBuffer(ArraySpec((), "int64"), 10, seed=0)
+    buffer.extend(np.arange(10))
+    before = set(threading.enumerate())
+    with buffer.batches(2, prefetch=prefetch) as batches:
+        lines = interrupt(lambda: next(batches), None, FEED)
+        for at in range(lines):
+            for _ in range(3):
+                interrupt(lambda: next(batches), at, FEED)
+        assert next(batches).items.shape == (2,)
+        assert len(set(threading.enumerate()) - before) == 1
+    for at in range(interrupt(lambda: next(buffer.batches(2, prefetch=prefetch)), None, FEED)):
+        with buffer.batches(2, prefetch=prefetch) as batches:
+            interrupt(lambda batches=batches: next(batches), at, FEED)
+            assert next(batches).items.shape == (2,)
+        assert set(threading.enumerate()) == before
+
+
+def test_a_step_of_a_recorder() -> None:
+    """It is added as a whole or not at all, and what comes next is to be a reset."""
+    spaces = pytest.importorskip("gymnasium.spaces")
+
+    class Env:
+        observation_space, action_space = spaces.Box(0, 100, (), np.float32), spaces.Discrete(2)
+
+    def begun() -> Recorder:
+        recorder = Recorder(ReplayBuffer(transition_spec(Env()), 10, seed=0), Env(), autoreset="disabled")
+        recorder.reset(np.float32(0), {})
+        return recorder
+
+    def step(recorder: Recorder, to: int) -> None:
+        recorder.step(1, np.float32(to), 1.0, False, False, {})
+
+    refused = 0
+    for at in range(interrupt(lambda: step(begun(), 1), None)):
+        recorder = begun()
+        interrupt(lambda recorder=recorder: step(recorder, 1), at)
+        try:
+            step(recorder, 2)
+        except ValueError:  # there is nothing to step from
+            refused += 1
+            recorder.reset(np.float32(1), {})
+            step(recorder, 2)
+        (items,) = (sample.items for sample in recorder.buffer.one_pass(10))
+        found = sorted(zip(items["obs"].tolist(), items["next_obs"].tolist()))
+        assert found in ([(0, 1), (1, 2)], [(1, 2)], [(0, 2)])
+        if (0, 2) in found:  # the first step was given up before it was begun
+            assert len(found) == 1
+    assert refused > 10

@@ -310,7 +310,7 @@ class SamplersContract:
     def test_nothing_but_priority_0_among_windows(self) -> None:
         buffer = self.make(8, 8, ends=[0, 1, 4, 5, 6, 7], sampler=Prioritized(epsilon=0))
         buffer.update_priorities([2, 3], [0.0, 0.0])
-        with pytest.raises(ValueError, match="such a window; add more, or have Prioritized draw from more$"):
+        with pytest.raises(ValueError, match="is of use; add more, or have Prioritized draw from more$"):
             buffer.sample(2, num_steps=2, at_end="whole")
 
     @pytest.mark.parametrize("scale", ["huge", "tiny"])
@@ -436,6 +436,19 @@ class SamplersContract:
         buffer = self.make(sampler=Odd())
         with pytest.raises(TypeError, match="^expected 4 places from Odd.draw, a flat array of integers, found "):
             buffer.sample(4)
+
+    @pytest.mark.parametrize("how", [{}, {"num_steps": 3, "at_end": "whole"}], ids=str)
+    def test_a_sampler_that_draws_in_order(self, how: Any) -> None:
+        """Where more is drawn than is needed, since some draws are of no use, the order favours none."""
+
+        class Stratified(Sampler):
+            def draw(self, count: int, items: range) -> Any:
+                return self.backend.as_index((np.arange(count) + 0.5) * len(items) // count)
+
+        buffer = self.make(1000, 1000, ends=range(4, 1000, 5), sampler=Stratified())
+        rows = np.concatenate([to_numpy(buffer.sample(100, **how).rows) for _ in range(20)])
+        old, new = np.count_nonzero(rows < 500), np.count_nonzero(rows >= 500)
+        assert abs(old - new) < 200
 
     def test_a_sampler_that_draws_arrays_of_another_library(self) -> None:
         other = pytest.importorskip("torch" if self.make().backend.name != "torch" else "array_api_strict")

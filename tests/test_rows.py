@@ -31,6 +31,16 @@ class TestFindRows:
         assert rows.flags.c_contiguous
         assert rows.min() >= 0
 
+    @pytest.mark.parametrize(
+        "index",
+        [range(3, 9, 2), range(-2, 2), range(9, -1, -3), range(-1, -11, -1), range(3, 10**40, 10**40), range(0)],
+        ids=str,
+    )
+    def test_ranges(self, index):
+        rows = find_rows(index, 10)
+        assert rows.dtype == np.intp
+        assert rows.tolist() == [row % 10 for row in index]
+
     def test_leaves_the_index_as_it_was(self):
         index = np.array([-1, 2])
         find_rows(index, 5)

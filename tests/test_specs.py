@@ -33,7 +33,13 @@ class TestArraySpec:
 
     @pytest.mark.parametrize(
         "spec",
-        [ArraySpec((2, 3), "uint8"), ArraySpec((), "bfloat16", "loss"), ArraySpec((4,), ">i4"), ArraySpec((), "S3")],
+        [
+            ArraySpec((2, 3), "uint8"),
+            ArraySpec((), "bfloat16", "loss"),
+            ArraySpec((4,), ">i4"),
+            ArraySpec((), "S3"),
+            ArraySpec((2,), [("x", "f4"), ("y", ">i2", (3,))]),
+        ],
         ids=str,
     )
     def test_survives_pickle_and_repr(self, spec):
@@ -78,7 +84,7 @@ class TestArraySpec:
             ((2.0,), "int32", TypeError, r"a sequence of integers, found \(2.0,\)"),
             (None, "int32", TypeError, "a sequence of integers, found None"),
             ((2,), None, TypeError, "expected a dtype, found None"),
-            ((2,), "real", TypeError, "'real' is no dtype that NumPy or ml_dtypes knows"),
+            ((2,), "real", TypeError, "'real' is not a dtype that NumPy or ml_dtypes knows"),
         ],
     )
     def test_refuses_what_is_none(self, shape, dtype, error, text):
@@ -97,7 +103,7 @@ class TestDtypes:
     def test_without_ml_dtypes(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "ml_dtypes", None)
         with pytest.raises(
-            TypeError, match="'float8_e0m8' is no dtype that NumPy knows; for .*: pip install ml_dtypes"
+            TypeError, match="'float8_e0m8' is not a dtype that NumPy knows; for .*: pip install ml_dtypes"
         ):
             as_dtype("float8_e0m8")
 

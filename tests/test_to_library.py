@@ -171,8 +171,22 @@ class TestToLibrary:
         array.flags.writeable = False
         self.refuse(array, "jax", "BufferError: .*readonly.*")
 
+    def test_torch_takes_no_read_only_memory(self):
+        torch = pytest.importorskip("torch")
+        array = aligned(range(6))
+        array.flags.writeable = False
+        self.refuse(array, "torch", "it is read-only, and a tensor is not")
+        assert to_library(array, "torch", copy=None).add_(torch.ones(6)).tolist() == [1, 2, 3, 4, 5, 6]
+
     @pytest.mark.parametrize("copy", [False, None, True])
-    @pytest.mark.parametrize("dtype", ["int64", "float64", "complex128"])
+    @pytest.mark.parametrize("library", ["numpy", *LIBRARIES])
+    def test_a_spec_is_no_array(self, library, copy):
+        pytest.importorskip(library)
+        with pytest.raises(ValueError, match="^x: .*ArraySpec is read by NumPy as an array of Python objects"):
+            to_library({"x": ArraySpec((64,), "float32")}, library, copy=copy)
+
+    @pytest.mark.parametrize("copy", [False, None, True])
+    @pytest.mark.parametrize("dtype", ["int64", "float64", "complex128", ">i8", ">f8"])
     def test_jax_narrows_nothing(self, dtype, copy):
         pytest.importorskip("jax")
         with pytest.raises(ValueError, match=f"^x: JAX narrows {dtype}; call jax.config.update"):

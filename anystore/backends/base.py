@@ -206,11 +206,11 @@ class Backend(ABC):
         """The least and the greatest of the floats in an array, NaN if one is; on a device, this waits for it."""
         return float(self.xp.min(array)), float(self.xp.max(array))
 
-    def count(self, mask: Array) -> int:
+    def count_nonzero(self, mask: Array) -> int:
         """How many of a mask are set; on a device, this waits for it."""
         return int(self.xp.count_nonzero(mask))
 
-    def chosen(self, mask: Array) -> Array:
+    def flatnonzero(self, mask: Array) -> Array:
         """The positions where a flat mask is set; on a device, this waits for it.
 
         A library that compiles for every shape repeats the last one, so that there are but a few shapes.
@@ -257,6 +257,10 @@ class Backend(ABC):
     def writable(self, array: Array) -> bool:
         """Whether `array` is one of this library, on this device, that can be written to."""
         return library_of(array) == self.library
+
+    def here(self) -> AbstractContextManager[object]:
+        """In which the current device is that of the arrays; the current stream stays that of the thread."""
+        return _no_stream
 
     def stream(self) -> AbstractContextManager[object]:
         """What another thread enters, once, to work on the stream that is current in this one."""

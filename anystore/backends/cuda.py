@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -47,6 +48,31 @@ class Buffers(list[Array]):
         return before_end > 0 and start < self._ends[before_end - 1]
 
 
+class Borrowed:
+    """Arrays of other libraries that are read in place, kept until the GPU has read them.
+
+    Whoever owns the memory gives it to somebody else as soon as nobody refers to it, and knows nothing of the stream
+    that still reads from it. Threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self._noted = threading.local()
+        self._lock = threading.Lock()
+        self._kept: list[tuple[Callable[[], bool], list[Any]]] = []
+
+    def note(self, array: Any) -> None:
+        """An array that this thread is about to have read."""
+        self._noted.__dict__.setdefault("arrays", []).append(array)
+
+    def keep(self, launched: Callable[[], Callable[[], bool]]) -> None:
+        """What was noted is read by what is launched by now; `launched` gives what tells whether that is done."""
+        arrays = self._noted.__dict__.pop("arrays", None)
+        if arrays:
+            with self._lock:
+                self._kept = [(is_done, others) for is_done, others in self._kept if not is_done()]
+                self._kept.append((launched(), arrays))
+
+
 class CudaBackend(Backend):
     """Arrays on one NVIDIA GPU.
 
@@ -59,9 +85,15 @@ class CudaBackend(Backend):
     _device: Any
     """The device, in the library's own words."""
 
+    _borrowed: Borrowed
+
     @abstractmethod
-    def _here(self) -> AbstractContextManager[object]:
-        """In which the current device is that of the storage, to the library and to CuPy, which launches."""
+    def here(self) -> AbstractContextManager[object]:
+        """In which the current device is that of the arrays, to the library and to CuPy, which launches."""
+
+    @abstractmethod
+    def _launched(self) -> Callable[[], bool]:
+        """What tells whether all is done that was launched on the current stream by now."""
 
     def _stream(self) -> kernels.Stream | None:
         """The library's current stream; None for that of CuPy."""
@@ -96,11 +128,11 @@ class CudaBackend(Backend):
     def check_rows(self, index: Any, capacity: int) -> Rows | None:
         if index.ndim == 0 or not (self.writable(index) or on_gpu(index)):
             return None
-        with self._here():
+        with self.here():
             index = self._own(index)
             dtype = as_dtype(index.dtype)
             if dtype.kind == "b" and index.shape == (capacity,):
-                return self.as_rows(self.chosen(index))
+                return self.as_rows(self.flatnonzero(index))
             if dtype.kind not in "iu" or 0 in index.shape:
                 return None
             return self._check(index if self._is_contiguous(index) else self._copy(index), dtype, capacity)
@@ -129,7 +161,7 @@ class CudaBackend(Backend):
     # Reading and writing ----------------------------------------------------------------------------------------------
 
     def gather_into(self, buffers: Sequence[Array], rows: Rows, out: Sequence[Array]) -> None:
-        with self._here():
+        with self.here():
             filled = [array if self._is_contiguous(array) else self._empty(array.shape, array.dtype) for array in out]
             self._fill(self.together(buffers).record, rows, filled)
             for source, array in zip(filled, out):
@@ -149,26 +181,29 @@ class CudaBackend(Backend):
 
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
         """Write a leaf to the rows of each buffer; those that are NumPy arrays are sent in one copy."""
-        buffers, lead = self.together(buffers), leading_shape(rows)
-        record, count = buffers.record, math.prod(lead)
-        if count == 0:
+        if math.prod(leading_shape(rows)):
+            with self.here():
+                self._write(self.together(buffers), rows, leaves)
+                self._borrowed.keep(self._launched)
+
+    def _write(self, buffers: Buffers, rows: Rows, leaves: Sequence[Array]) -> None:
+        lead, record = leading_shape(rows), buffers.record
+        count = math.prod(lead)
+        order = self._order(rows, count)
+        ahead = sent_ahead(record, rows, order)
+        leaves = [self._readable(leaf, buffers) for leaf in leaves]
+        host = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
+        sent = self._send(host if ahead is None else [*host, ahead])
+        places = iter(sent.addresses)
+        batches = [next(places) if isinstance(leaf, np.ndarray) else self._address(leaf) for leaf in leaves]
+        steps = tuple(
+            width if leaf.ndim == len(lead) + len(shape) else 0
+            for leaf, width, (shape, _) in zip(leaves, record.widths, buffers.specs)
+        )
+        if (count == 1 or steps == record.widths) and self._copied(record, rows, count, 0, batches):
             return
-        with self._here():
-            order = self._order(rows, count)
-            ahead = sent_ahead(record, rows, order)
-            leaves = [self._readable(leaf, buffers) for leaf in leaves]
-            host = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
-            sent = self._send(host if ahead is None else [*host, ahead])
-            places = iter(sent.addresses)
-            batches = [next(places) if isinstance(leaf, np.ndarray) else self._address(leaf) for leaf in leaves]
-            steps = tuple(
-                width if leaf.ndim == len(lead) + len(shape) else 0
-                for leaf, width, (shape, _) in zip(leaves, record.widths, buffers.specs)
-            )
-            if (count == 1 or steps == record.widths) and self._copied(record, rows, count, 0, batches):
-                return
-            at = 0 if ahead is None else sent.addresses[-1]
-            kernels.scatter(record.table(batches, steps, count), 0, self._of_launch(rows, order, at), self._stream())
+        at = 0 if ahead is None else sent.addresses[-1]
+        kernels.scatter(record.table(batches, steps, count), 0, self._of_launch(rows, order, at), self._stream())
 
     def _copied(self, record: Record, rows: Rows, count: int, base: int, batches: Sequence[int]) -> bool:
         """Write whole batches, so far behind a base, if that takes no launch; else write nothing and return False."""

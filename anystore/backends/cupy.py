@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from anystore import kernels
 from anystore.backends.base import Array, no_dtype, parse_device, resolve_device
-from anystore.backends.cuda import CudaBackend
+from anystore.backends.cuda import Borrowed, CudaBackend
 from anystore.backends.random import Random, seed_sequence
 from anystore.convert import library_of, on_gpu, to_numpy
 from anystore.leaf_table import Record, first_of_run, sent_ahead
@@ -35,6 +35,12 @@ _STAGED = 1 << 28
 """The most bytes that are packed into pinned memory at once."""
 _DRAWS = 256
 """After so many draws a generator starts anew, so that it takes no longer than these to restore one."""
+_DTYPES = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+}
+_STATES = 1 << 14
+"""The generators that draw side by side: a number of its own, or the draws would depend on which GPU it is."""
 _NUMBERS = (bool, int, float, np.generic)
 
 
@@ -72,6 +78,7 @@ class CupyBackend(CudaBackend):
         # array-api-compat lets CuPy's creation functions ignore device= (array-api-compat #337).
         self._device = cupy.cuda.Device(parse_device(self.device)[1])
         self._staging = Staging()
+        self._borrowed = Borrowed()
 
     @property
     def xp(self) -> ModuleType:
@@ -84,7 +91,7 @@ class CupyBackend(CudaBackend):
         return [f"cuda:{number}" for number in range(cupy.cuda.runtime.getDeviceCount())]
 
     def native_dtype(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        known = dtype.name == "bfloat16" if is_extension(dtype) else dtype.kind in "biufc" and dtype.itemsize <= 16
+        known = dtype.name == "bfloat16" if is_extension(dtype) else dtype.name in _DTYPES
         if not known or not dtype.isnative:
             raise no_dtype("CuPy", dtype)
         return dtype
@@ -93,8 +100,12 @@ class CupyBackend(CudaBackend):
         with self._device:
             return cupy.zeros(shape, dtype)
 
-    def _here(self) -> Any:
+    def here(self) -> Any:
         return self._device
+
+    def _launched(self) -> Callable[[], bool]:
+        event = cupy.cuda.get_current_stream().record()
+        return lambda: bool(event.done)
 
     def _is_contiguous(self, array: Array) -> bool:
         return bool(array.flags.c_contiguous)
@@ -111,7 +122,7 @@ class CupyBackend(CudaBackend):
             return [buffer[index] for buffer in buffers]
         buffers, lead = self.together(buffers), leading_shape(rows)
         packed = buffers.record.packed(math.prod(lead))
-        with self._here():
+        with self.here():
             memory = cupy.cuda.alloc(max(packed.nbytes, 1))
             self._gather(buffers.record, packed.table, memory.ptr, rows)
             return [
@@ -126,7 +137,7 @@ class CupyBackend(CudaBackend):
         packed = record.packed(count)
         if packed.nbytes > _STAGED or not _are_batch(leaves, buffers.specs, lead):
             return False
-        with self._here():
+        with self.here():
             order = self._order(rows, count)
             ahead = sent_ahead(record, rows, order)
             nbytes = packed.nbytes + (0 if ahead is None else ahead.nbytes)
@@ -154,7 +165,10 @@ class CupyBackend(CudaBackend):
         if isinstance(value, cupy.ndarray) or on_gpu(value):
             return self.move(value, dtype)
         array = to_numpy(value).astype(dtype, copy=False)
-        return array if array.nbytes <= _STAGED else self.from_numpy(array)
+        if array.nbytes <= _STAGED:
+            return array
+        with self._device:  # and wait, since what is in pinned memory were read later
+            return cupy.asarray(array, blocking=True)
 
     def from_numpy(self, array: NDArray[Any]) -> Array:
         with self._device:
@@ -166,6 +180,7 @@ class CupyBackend(CudaBackend):
 
     def _own(self, array: Any) -> Array:
         if not isinstance(array, cupy.ndarray):
+            self._borrowed.note(array)
             array = _taken_over(array)
         if array.device == self._device:
             return array
@@ -230,7 +245,7 @@ class CupyRandom(Random):
     def _start(self, starts: int) -> None:
         sequence = np.random.SeedSequence(self._entropy, spawn_key=(starts,))
         with self._device:
-            self._generator = cupy.random.Generator(cupy.random.Philox4x3210(sequence))
+            self._generator = cupy.random.Generator(cupy.random.Philox4x3210(sequence, size=_STATES))
         self._starts = starts
         self._drawn: list[list[int]] = []
         """For each draw since the start its `high`, 0 for one of floats, and its count."""

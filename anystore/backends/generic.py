@@ -88,7 +88,7 @@ class GenericBackend(Backend):
             for position, row in enumerate(flat):
                 buffer[row, ...] = leaf[position, ...]
 
-    def chosen(self, mask: Array) -> Array:
+    def flatnonzero(self, mask: Array) -> Array:
         return self.as_index(np.flatnonzero(to_numpy(mask)))
 
     def from_numpy(self, array: NDArray[Any]) -> Array:
@@ -121,7 +121,7 @@ class StrictBackend(GenericBackend):
     def __init__(self, device: Any = None) -> None:
         super().__init__(importlib.import_module("array_api_strict"), device)
 
-    def count(self, mask: Array) -> int:
+    def count_nonzero(self, mask: Array) -> int:
         # Its count_nonzero returns int64, also on a device that has none.
         dtype = self.native_dtype(self.index_dtype)
         return int(self.xp.sum(self.xp.astype(mask, dtype), dtype=dtype))

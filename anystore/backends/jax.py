@@ -32,6 +32,11 @@ try:
 except ImportError:  # before JAX 0.10
     from jax.core import get_opaque_trace_state
 
+try:
+    from jax import enable_x64
+except ImportError:  # before JAX 0.8
+    from jax.experimental import enable_x64  # type: ignore[attr-defined, no-redef]
+
 _SMALL = 1 << 18
 """Batches of so many bytes and less are read from main memory by the compiled moves."""
 
@@ -75,6 +80,7 @@ class _Cells(list[_Cell]):
         self._is_whole = self._positions == list(range(len(self.held.arrays)))
         arrays = self.arrays()
         self.classes = [type(array) for array in arrays]
+        self.is_wide = any(array.dtype in _WIDE for array in arrays)
         self.row_nbytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays)
         self.is_plain = not any(_is_packed(array.dtype) for array in arrays)
         """Whether NumPy has the same bytes for these dtypes."""
@@ -125,16 +131,34 @@ class _Cells(list[_Cell]):
             _exhaust(map(operator.setitem, there, self._positions, made))
 
 
+def _with_64_bits(method: Any) -> Any:
+    """Have a method that works on the arrays of a storage do so with 64 bits where these have as many.
+
+    The setting may be that of another thread (``jax.enable_x64`` as a context is), and JAX narrows without a word.
+    """
+
+    @functools.wraps(method)
+    def call(self: JaxBackend, buffers: Sequence[_Cell], *arguments: Any) -> Any:
+        cells = self.together(buffers)
+        if not cells.is_wide or _config.jax_enable_x64:
+            return method(self, cells, *arguments)
+        with enable_x64(True):
+            return method(self, cells, *arguments)
+
+    return call
+
+
 class JaxBackend(Backend):
     """JAX arrays.
 
     Notes
     -----
-    A write hands its buffers over to a compiled update (``donate_argnums``), which reuses their memory: an array that
-    was taken from ``Storage.buffers`` before the write is deleted by it. While a zero-copy view of it lives outside of
-    JAX (``numpy.asarray(array)`` on the CPU), XLA copies the whole buffer instead, at the price of time and not of
-    right results. In main memory a write goes to the arrays' own memory instead, without XLA, as long as that cannot be
-    told from outside: nobody has one of the arrays, and XLA has nothing left to do with them.
+    A write hands its buffers over to a compiled update (``donate_argnums``), which reuses their memory: on the CPU an
+    array that was taken from ``Storage.buffers`` before the write is deleted by it. While a zero-copy view of it lives
+    outside of JAX (``numpy.asarray(array)``), XLA copies the whole buffer instead, at the price of time and not of
+    right results. On other devices, where XLA refuses that, the first write after ``Storage.buffers`` copies them all,
+    and what was taken stays as it was. In main memory a write goes to the arrays' own memory instead, without XLA, as
+    long as that cannot be told from outside: nobody has one of the arrays, and XLA has nothing left to do with them.
 
     Every function is compiled once per shape of the rows: batches of one size are fast, batches of ever new sizes are
     not. Rows travel as NumPy arrays, which ``jax.transfer_guard("disallow")`` refuses.
@@ -184,7 +208,7 @@ class JaxBackend(Backend):
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> _Cell:
         if shape[0] > _largest_integer():
             raise ValueError(f"JAX counts rows in 32 bits, up to {_largest_integer()}, unless jax_enable_x64 is set")
-        with jax.default_device(self._device):
+        with jax.default_device(self._device), _wide_enough(dtype):
             return _Cell(_Held([jax.device_put(jnp.zeros(shape, dtype), self._device)]), 0)
 
     def together(self, buffers: Sequence[_Cell]) -> _Cells:
@@ -198,8 +222,8 @@ class JaxBackend(Backend):
                 cell.held, cell.position = held, position
         return _Cells(buffers)
 
-    def gather(self, buffers: Sequence[_Cell], rows: Rows, copy: bool | None) -> list[Array]:
-        cells = self.together(buffers)
+    @_with_64_bits
+    def gather(self, cells: _Cells, rows: Rows, copy: bool | None) -> list[Array]:
         read: list[Array]
         # XLA takes its time for each row, so that a batch of many small ones is copied from NumPy's in less.
         is_small = type(rows) is np.ndarray and rows.size * cells.row_nbytes <= _SMALL
@@ -216,13 +240,14 @@ class JaxBackend(Backend):
     def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
         raise NotImplementedError
 
-    def scatter(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Array]) -> None:
-        cells = self.together(buffers)
+    @_with_64_bits
+    def scatter(self, cells: _Cells, rows: Rows, leaves: Sequence[Array]) -> None:
         if not self._write_in_place(cells, rows, leaves):
             self._replace(cells, rows, leaves)
 
-    def scatter_as_is(self, buffers: Sequence[_Cell], rows: Rows, leaves: Sequence[Any]) -> bool:
-        cells, lead = self.together(buffers), leading_shape(rows)
+    @_with_64_bits
+    def scatter_as_is(self, cells: _Cells, rows: Rows, leaves: Sequence[Any]) -> bool:
+        lead = leading_shape(rows)
         if self._write_in_place(cells, rows, leaves):
             return True
         if list(map(type, leaves)) != cells.classes:  # such as tracers, whose avals are those of arrays
@@ -258,13 +283,15 @@ class JaxBackend(Backend):
         arrays, lent = cells.arrays(), cells.lent()
         leaves = [_kept(leaf, lent) for leaf in leaves]
         written: Iterator[list[jax.Array]]
+        # On other devices XLA takes no array that somebody has a view of outside of JAX.
+        of_slice, of_rows = (_given_slice, _given_rows) if self._is_host or not lent else (_new_slice, _new_rows)
         if type(rows) is int:
-            written = map(_write_slice, (arrays,), (rows,), (leaves,), (1,))
+            written = map(of_slice, (arrays,), (rows,), (leaves,), (1,))
         elif type(rows) is range and rows.step == 1:
-            written = map(_write_slice, (arrays,), (rows.start,), (leaves,), (len(rows),))
+            written = map(of_slice, (arrays,), (rows.start,), (leaves,), (len(rows),))
         else:
             index = np.array(rows, np.intp)  # a copy, as of what is NumPy's among the leaves
-            written = map(_write_rows, (arrays,), (index,), (leaves,), (last_writes(index),))
+            written = map(of_rows, (arrays,), (index,), (leaves,), (last_writes(index),))
         if _config.jax_debug_nans or _config.jax_debug_infs:
             # Their checks come after the update, when the old arrays are gone.
             with jax.debug_nans(False), jax.debug_infs(False):
@@ -300,14 +327,15 @@ class JaxBackend(Backend):
     def move(self, array: jax.Array, dtype: Any) -> jax.Array:
         if array.dtype == dtype and array.devices() == {self._device}:
             return array
-        moved: jax.Array = jax.device_put(array.astype(dtype), self._device)
+        with _wide_enough(dtype):
+            moved: jax.Array = jax.device_put(array.astype(dtype), self._device)
         return moved
 
     def array(self, buffer: _Cell) -> jax.Array:
         buffer.lent = buffer.held.lent = True
         return buffer.array
 
-    def chosen(self, mask: jax.Array) -> jax.Array:
+    def flatnonzero(self, mask: jax.Array) -> jax.Array:
         positions = np.flatnonzero(mask)
         more = (1 << (positions.size - 1).bit_length()) - positions.size if positions.size else 0
         return self.from_numpy(np.append(positions, np.repeat(positions[-1:], more)))
@@ -430,6 +458,8 @@ def _draw_permutation(key: jax.Array, high: int) -> tuple[jax.Array, jax.Array]:
 _trace_state: Any = functools.partial(get_opaque_trace_state, convention="nnx")
 _OUTSIDE = _trace_state()
 _config: Any = jax.config  # whose types do not list the settings
+_WIDE = {np.dtype(name) for name in ("int64", "uint64", "float64", "complex128")}
+"""The dtypes that JAX has with x64 only."""
 _is_deleted = operator.methodcaller("is_deleted")
 _is_ready = operator.methodcaller("is_ready")
 _exhaust = collections.deque[None](maxlen=0).extend
@@ -439,6 +469,11 @@ def _fits(leaf: jax.Array, array: jax.Array, lead: tuple[int, ...]) -> bool:
     """Whether a leaf is of the dtype of the buffer and the shape of the rows or of one item."""
     shape = array.shape[1:]
     return bool(leaf.dtype == array.dtype) and leaf.shape in (shape, lead + shape)
+
+
+def _wide_enough(dtype: np.dtype[Any]) -> contextlib.AbstractContextManager[object]:
+    """What to work in for arrays of this dtype to be of it."""
+    return enable_x64(True) if dtype in _WIDE and not _config.jax_enable_x64 else contextlib.nullcontext()
 
 
 def _largest_integer() -> int:
@@ -537,7 +572,6 @@ def _read_rows(buffers: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
     return [buffer.at[rows].get(mode="promise_in_bounds") for buffer in buffers]
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _write_slice(buffers: list[jax.Array], start: Any, leaves: list[jax.Array], length: int) -> list[jax.Array]:
     def write(buffer: jax.Array, leaf: jax.Array) -> jax.Array:
         block = jnp.broadcast_to(leaf, (length, *buffer.shape[1:]))
@@ -546,7 +580,6 @@ def _write_slice(buffers: list[jax.Array], start: Any, leaves: list[jax.Array], 
     return [write(buffer, leaf) for buffer, leaf in zip(buffers, leaves)]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _write_rows(
     buffers: list[jax.Array], rows: jax.Array, leaves: list[jax.Array], last: jax.Array | None
 ) -> list[jax.Array]:
@@ -557,3 +590,9 @@ def _write_rows(
         return buffer.at[rows].set(batch, mode="promise_in_bounds", unique_indices=last is None)
 
     return [write(buffer, leaf) for buffer, leaf in zip(buffers, leaves)]
+
+
+_given_slice = jax.jit(_write_slice, static_argnums=3, donate_argnums=0)
+_given_rows = jax.jit(_write_rows, donate_argnums=0)
+_new_slice = jax.jit(_write_slice, static_argnums=3)
+_new_rows = jax.jit(_write_rows)

@@ -83,7 +83,9 @@ class NumpyBackend(Backend):
 
     def scatter(self, buffers: Sequence[NDArray[Any]], rows: Rows, leaves: Sequence[Array]) -> None:
         if not moves.scatter(buffers, rows, leaves):
-            raise ValueError("the buffers are read-only, as with mode='r'; nothing was written")
+            raise ValueError(
+                "nothing was written: the storage is open for reading only; open it with mode='r+' to write"
+            )
 
     def scatter_as_is(self, buffers: Sequence[NDArray[Any]], rows: Rows, leaves: Sequence[Any]) -> bool:
         return moves.scatter(buffers, rows, leaves)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -47,8 +48,9 @@ class TorchBackend(Backend):
         device = resolve_device(str(torch.get_default_device() if device is None else device), cls.devices(), "torch")
         if device == "cpu":
             return TorchHostBackend(device)
-        if torch.version.cuda and importlib.util.find_spec("cupy"):
-            return importlib.import_module("anystore.backends.torch_cuda").TorchCudaBackend(device)  # type: ignore[no-any-return]
+        if torch.version.cuda:
+            with contextlib.suppress(ImportError):  # of CuPy
+                return importlib.import_module("anystore.backends.torch_cuda").TorchCudaBackend(device)  # type: ignore[no-any-return]
         return TorchBackend(device)
 
     def __init__(self, device: str) -> None:
@@ -75,6 +77,7 @@ class TorchBackend(Backend):
             raise no_dtype("torch on mps", dtype)
         return native
 
+    @torch.inference_mode(False)  # or nothing could be written later, outside of that mode
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
 
@@ -83,7 +86,9 @@ class TorchBackend(Backend):
             views = _views(buffers, rows)
             return [view.clone() for view in views] if copy else views
         flat, shape = self._index(rows)
-        return [buffer.index_select(0, flat).view(shape + buffer.shape[1:]) for buffer in buffers]
+        return [
+            _bits(buffer).index_select(0, flat).view(buffer.dtype).view(shape + buffer.shape[1:]) for buffer in buffers
+        ]
 
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
         if self.views(rows):
@@ -93,9 +98,10 @@ class TorchBackend(Backend):
         index, shape = self._index(rows)
         for buffer, tensor in zip(buffers, out):
             if tensor.is_contiguous():
-                torch.index_select(buffer, 0, index, out=tensor.view((math.prod(shape), *buffer.shape[1:])))
+                flat = _bits(tensor.view((math.prod(shape), *buffer.shape[1:])))
+                torch.index_select(_bits(buffer), 0, index, out=flat)
             else:
-                tensor.copy_(buffer.index_select(0, index).view(tensor.shape))
+                tensor.copy_(_bits(buffer).index_select(0, index).view(buffer.dtype).view(tensor.shape))
 
     @torch.no_grad()
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
@@ -107,21 +113,22 @@ class TorchBackend(Backend):
             return
         index, shape = self._index(rows)
         last = last_writes(np.asarray(rows, np.intp))
+        newest = None if last is None else torch.from_numpy(last).to(self._device)
+        ready = []  # all of them before one is written, for memory may run out
         for buffer, leaf in zip(buffers, leaves):
             if leaf.ndim < buffer.ndim - 1 + len(shape):
                 leaf = leaf.expand((len(index), *buffer.shape[1:]))
             else:
                 leaf = leaf.reshape((len(index), *buffer.shape[1:]))
-                if last is not None:
-                    leaf = leaf.index_select(0, torch.from_numpy(last).to(self._device))
-            if leaf.numel() == 0:
-                continue
-            # As integers: index_copy_ knows neither the wider unsigned ones nor float8.
-            bits = _BITS.get(buffer.itemsize, buffer.dtype)
-            buffer.view(bits).index_copy_(0, index, leaf.contiguous().view(bits))
+                if newest is not None:
+                    leaf = _bits(leaf).index_select(0, newest)
+            ready.append(_bits(leaf.contiguous()))
+        for buffer, leaf in zip(buffers, ready):
+            if leaf.numel():
+                _bits(buffer).index_copy_(0, index, leaf)
 
     def from_numpy(self, array: NDArray[Any]) -> torch.Tensor:
-        if not (array.flags.carray and array.dtype.isnative):
+        if not (_is_plain(array) and array.dtype.isnative):
             array = array.astype(array.dtype.newbyteorder("="), order="C")
         dtype = self.native_dtype(array.dtype)
         if is_extension(array.dtype):  # which torch.from_numpy does not know (pytorch #101781)
@@ -134,6 +141,8 @@ class TorchBackend(Backend):
         return buffer.detach()
 
     def move(self, array: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if array.layout is not torch.strided:
+            raise TypeError(f"expected a dense tensor, found one of layout {array.layout}; to_dense() makes one")
         # What is conjugated or negated lazily is so in no memory that the moves would read.
         return array.detach().resolve_conj().resolve_neg().to(self._device, dtype)
 
@@ -147,7 +156,16 @@ class TorchBackend(Backend):
     def writable(self, array: Any) -> bool:
         if not isinstance(array, torch.Tensor) or array.layout is not torch.strided:
             return False
-        return array.device == self._device and not array.requires_grad
+        if array.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        overlaps = any(not stride and size > 1 for stride, size in zip(array.stride(), array.shape))
+        return array.device == self._device and not array.requires_grad and not overlaps
+
+    def here(self) -> AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return super().here()
+        device: Any = torch.cuda.device(self._device)
+        return device  # type: ignore[no-any-return]
 
     def stream(self) -> AbstractContextManager[object]:
         if self._device.type != "cuda":
@@ -165,6 +183,16 @@ class TorchBackend(Backend):
         """The rows as a flat tensor on the device, and the shape that they had."""
         array = np.asarray(rows, np.intp)
         return torch.from_numpy(array.reshape(-1)).to(self._device), array.shape
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers: indexing knows neither the wider unsigned ones nor float8."""
+    return tensor.view(_BITS.get(tensor.itemsize, tensor.dtype))
+
+
+def _is_plain(array: NDArray[Any]) -> bool:
+    """Whether torch takes the memory as it is; an axis of one may have a negative stride, which it refuses."""
+    return array.flags.carray and min(array.strides, default=0) >= 0
 
 
 class TorchRandom(Random):
@@ -199,20 +227,21 @@ class TorchHostBackend(TorchBackend):
     torch would take its time for each leaf, several times that of the compiled moves for all of them.
     """
 
-    stream = Backend.stream  # there is none but the one
+    here, stream = Backend.here, Backend.stream  # there is none but the one
 
     @property
     def books_elsewhere(self) -> bool:
         return True
 
     def from_numpy(self, array: NDArray[Any]) -> torch.Tensor:
-        if array.dtype in _READ_BY_TORCH and array.flags.carray:
+        if array.dtype in _READ_BY_TORCH and _is_plain(array):
             return torch.from_numpy(array)
         return super().from_numpy(array)
 
     def to_bookkeeping(self, array: torch.Tensor) -> NDArray[Any]:
         return array.numpy() if array.dtype in _READ_BY_NUMPY else to_numpy(array)
 
+    @torch.inference_mode(False)
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
         # torch.zeros writes to every page.
         return _as_tensor(zeros(shape, dtype), self.native_dtype(dtype))
@@ -229,6 +258,9 @@ class TorchHostBackend(TorchBackend):
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
         if all(tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() for tensor in out):
             moves.gather_into(_arrays(buffers), rows, [_as_array(tensor) for tensor in out])
+            for tensor in out:  # so that autograd, if it has kept one of them, sees that it is another now
+                if not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
             return
         for tensor, leaf in zip(out, self.gather(buffers, rows, copy=True)):
             tensor.copy_(leaf)

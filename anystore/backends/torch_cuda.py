@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from anystore import kernels
 from anystore.backends.base import Array
-from anystore.backends.cuda import CudaBackend
+from anystore.backends.cuda import Borrowed, CudaBackend
 from anystore.backends.torch import TorchBackend
 from anystore.convert import on_gpu, to_numpy
 from anystore.leaf_table import pack
@@ -35,13 +35,21 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
 
     _address = operator.methodcaller("data_ptr")
 
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self._borrowed = Borrowed()
+
     @contextlib.contextmanager
-    def _here(self) -> Iterator[None]:
+    def here(self) -> Iterator[None]:
         with torch.cuda.device(self._device), kernels.on_device(self._device.index):
             yield
 
     def _stream(self) -> kernels.Stream:
         return kernels.Stream(torch.cuda.current_stream(self._device).cuda_stream)
+
+    def _launched(self) -> Callable[[], bool]:
+        event: Any = torch.cuda.current_stream(self._device).record_event()
+        return event.query  # type: ignore[no-any-return]
 
     def _is_contiguous(self, array: torch.Tensor) -> bool:
         return array.is_contiguous() and not array.is_conj() and not array.is_neg()
@@ -50,7 +58,10 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
         return array.clone(memory_format=torch.contiguous_format)
 
     def _own(self, array: Any) -> torch.Tensor:
-        tensor = array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)  # type: ignore[attr-defined]
+        if not isinstance(array, torch.Tensor):
+            self._borrowed.note(array)
+            array = torch.from_dlpack(array)  # type: ignore[attr-defined]
+        tensor: torch.Tensor = array
         return tensor.detach().resolve_conj().resolve_neg().to(self._device)
 
     def _send(self, arrays: Sequence[NDArray[Any]]) -> Sent:
@@ -58,7 +69,7 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
         if nbytes == 0:
             return Sent(None, [0] * len(arrays))
         # torch does not give pinned memory to anybody else before what was sent from it has arrived.
-        pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        pinned = self._pinned(nbytes, torch.uint8)
         fill(pinned.numpy(), arrays, offsets)
         block = pinned.to(self._device, non_blocking=True)
         return Sent(block, [block.data_ptr() + offset for offset in offsets])
@@ -67,7 +78,7 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
         if not copy and self.views(rows):
             return super().gather(buffers, rows, copy)
         buffers, lead = self.together(buffers), leading_shape(rows)
-        with self._here():
+        with self.here():
             leaves: list[Array] = [self._empty(lead + shape, dtype) for shape, dtype in buffers.specs]
             self._fill(buffers.record, rows, leaves)
         return leaves
@@ -79,10 +90,12 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
 
     def to_host(self, array: torch.Tensor) -> NDArray[Any]:
         """Through pinned memory, from torch's pool of it."""
-        pinned = torch.empty(array.shape, dtype=array.dtype, pin_memory=self._device.type == "cuda")
-        return to_numpy(pinned.copy_(array))
+        return to_numpy(self._pinned(array.shape, array.dtype).copy_(array))
 
-    def chosen(self, mask: torch.Tensor) -> torch.Tensor:
+    def _pinned(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self._device.type == "cuda")
+
+    def flatnonzero(self, mask: torch.Tensor) -> torch.Tensor:
         return mask.nonzero().reshape(-1)
 
     def as_rows(self, array: torch.Tensor) -> Any:

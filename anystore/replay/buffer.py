@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import statistics
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +16,16 @@ from numpy.typing import NDArray
 
 from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
-from anystore.convert import as_array, is_array, to_numpy
-from anystore.nests import Nest, example_spec, label
+from anystore.convert import as_array, to_numpy
+from anystore.nests import Nest, example_spec
 from anystore.plan import as_count
+from anystore.replay.batch import check_counts, count_items, looks_like_a_batch
 from anystore.replay.draws import Draws, Usable
 from anystore.replay.feed import Batches
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
 from anystore.replay.ring import Ring
+from anystore.replay.roles import Roles
 from anystore.replay.samplers import Prioritized, Sampler, Uniform, as_priorities
 from anystore.replay.shared import Shared
 from anystore.replay.stats import Counts, Meter, Stats
@@ -64,9 +65,9 @@ class Sample(NamedTuple):
 
     items: Any
     rows: Array
-    weights: Array | None = None
-    mask: Array | None = None
-    discounts: Array | None = None
+    weights: Array = None
+    mask: Array = None
+    discounts: Array = None
 
 
 class ReplayBuffer:
@@ -97,7 +98,8 @@ class ReplayBuffer:
         that dtype. What needs one says so.
     following : str or sequence of str, optional
         The parts that are what comes after the item, such as the next observation, for n-step returns; "next_obs" by
-        default, where there is one. Those in `shared` always are.
+        default, where there is one. Those in `shared` always are. Where other leaves have "next" in their names, n-step
+        returns ask for it.
     backend, device, casting
         As for `Storage`.
     seed : int, optional
@@ -111,7 +113,8 @@ class ReplayBuffer:
     Raises
     ------
     ValueError, TypeError, ImportError, MemoryError
-        As `Storage`; and if there are not enough rows for the lanes, a path is not in the spec, or the sampler is none.
+        As `Storage`; and if there are not enough rows for the lanes, a path is not in the spec, or `sampler` is not a
+        sampler.
 
     Notes
     -----
@@ -161,13 +164,13 @@ class ReplayBuffer:
         self._books = self._backend.bookkeeping
         self._ring, self._lanes = self._rows_for(capacity, lanes)
         shared, stacks = _by_path("shared", shared), _by_path("stacks", stacks)
-        self._name_parts(reward, terminated, truncated, following, shared)
+        self._roles = Roles.of(self._nest, reward, terminated, truncated, following, shared)
         self._options = {
             "shared": shared,
             "stacks": stacks,
-            "reward": self._reward,
-            "terminated": self._terminated,
-            "truncated": self._truncated,
+            "reward": self._roles.reward,
+            "terminated": self._roles.terminated,
+            "truncated": self._roles.truncated,
             "following": following if following is None or isinstance(following, str) else list(following),
         }
         self._layout = self._laid_out(shared, stacks, casting)
@@ -177,7 +180,7 @@ class ReplayBuffer:
         self._draws = Draws(self._sampler, self._random, self._books)
         self._sampled = 0
         self._meter = Meter()
-        _there.add(self)
+        _live_buffers.add(self)
 
     @classmethod
     def like(cls, item: Any, capacity: int, **options: Any) -> ReplayBuffer:
@@ -199,9 +202,9 @@ class ReplayBuffer:
 
     def _on_device(self) -> AbstractContextManager[object]:
         """What every method works in: the device of the arrays is the current one, whichever it is for the caller."""
-        # Its stream stays that of the calling thread. Some libraries make what they are not told a device for on the
-        # current one, and run kernels there, wherever the arrays are.
-        return self._backend.stream()
+        # Some libraries make what they are not told a device for on the current one, and run kernels there, wherever
+        # the arrays are.
+        return self._backend.here()
 
     # Its parts ------------------------------------------------------------------------------------------------------
 
@@ -213,53 +216,10 @@ class ReplayBuffer:
         ring = Ring(capacity, self._backend)
         return ring, Lanes(lanes, ring, self._books)
 
-    def _name_parts(
-        self,
-        reward: str | None,
-        terminated: str | None,
-        truncated: str | None,
-        following: str | Sequence[str] | None,
-        shared: Mapping[str, str],
-    ) -> None:
-        """Find the parts of an item that mean something, as the user named them or by their usual names."""
-        self._reward = self._find(reward, "reward", None)
-        self._terminated = self._find(terminated, "terminated", "bool")
-        self._truncated = self._find(truncated, "truncated", "bool")
-        if self._terminated is not None and self._terminated == self._truncated:
-            found = label(self._terminated)
-            raise ValueError(f"{found}: expected a leaf for terminated and another for truncated, found one")
-        self._following = self._paths_after(following, shared)
-
-    def _find(self, path: str | None, default: str, dtype: str | None) -> str | None:
-        """The path of a leaf as the user gave it, or the default where there is such a leaf."""
-        leaves = self._nest.leaves
-        if path is None:
-            path = default
-            if path not in leaves or (dtype is not None and leaves[path].dtype != dtype):
-                return None
-        if path not in leaves:
-            raise ValueError(f"{path!r} is no leaf of the spec; there are {', '.join(map(label, leaves))}")
-        spec = leaves[path]
-        if dtype is not None and (spec.dtype != dtype or spec.shape != ()):
-            raise ValueError(
-                f"{label(path)}: expected a flag, ArraySpec((), {dtype!r}), found {spec}; give what is no flag of the "
-                "whole item another name"
-            )
-        return path
-
-    def _paths_after(self, following: str | Sequence[str] | None, shared: Mapping[str, str]) -> tuple[str, ...]:
-        """The paths of the leaves of what follows an item."""
-        named = [following] if isinstance(following, str) else list(following or [])
-        for part in named:
-            if not any(below(path, part) for path in self._nest.paths):
-                raise ValueError(f"{part!r} is not in the spec; there are {', '.join(map(label, self._nest.paths))}")
-        parts = [*shared, *(["next_obs"] if following is None else named)]
-        return tuple(path for path in self._nest.paths if any(below(path, part) for part in parts))
-
     def _laid_out(self, shared: dict[str, str], stacks: dict[str, int], casting: Casting) -> Plain:
         """The storages of the items, and how they are in them."""
         options: dict[str, Any] = {"backend": self._backend, "casting": casting}
-        flags = self._terminated, self._truncated
+        flags = self._roles.terminated, self._roles.truncated
         if shared or stacks:
             return Shared(self._nest, self._ring, self._lanes, shared, stacks, *flags, options)
         storage = Storage(self._nest.data_spec, self._ring.capacity, **options)
@@ -383,7 +343,7 @@ class ReplayBuffer:
             As `Storage.set`; nothing has changed then.
         """
         if self._lanes.count > 1:
-            count = self._count(item)
+            count = count_items(self._nest, item, self._lanes.count)
             if count != self._lanes.count:
                 raise ValueError(f"expected an item of each of {self._lanes.count} lanes, found {count} items")
             self.extend(item)
@@ -398,7 +358,7 @@ class ReplayBuffer:
                     self._mend(error, first, 1)
                     raise
         except ValueError as error:
-            if not self._looks_like_a_batch(item):
+            if not looks_like_a_batch(self._nest, item):
                 raise
             raise ValueError(f"{error}; this looks like a batch, which extend takes") from None
 
@@ -419,7 +379,7 @@ class ReplayBuffer:
         ValueError, TypeError, OverflowError
             As `Storage.set`, or if the lanes are not right; nothing has changed then.
         """
-        count = self._count(batch)
+        count = count_items(self._nest, batch, self._lanes.count)
         try:
             with self.lock, self._on_device():
                 of_items = self._lanes.of_batch(count, lanes)
@@ -434,7 +394,7 @@ class ReplayBuffer:
                         self._mend(error, first, number)
                         raise
         except ValueError:
-            self._check_counts(batch)
+            check_counts(self._nest, batch)
             raise
 
     def _advance(self, count: int) -> None:
@@ -442,7 +402,7 @@ class ReplayBuffer:
         self._follow(count)
 
     def _follow(self, count: int) -> None:
-        """Have the others go on, now that the ring has advanced; once is as good as twice."""
+        """Have the others go on, now that the ring has advanced. Idempotent."""
         self._lanes.settle()
         self._layout.settle()
         newest = min(count, self._ring.capacity)
@@ -458,48 +418,6 @@ class ReplayBuffer:
         self._ring.forget(first + count - self._ring.capacity)
         self._lanes.undo()
         self._layout.undo()
-
-    def _count(self, batch: Any) -> int:
-        """How many items a batch has, as the first of its leaves has it that tells."""
-        for leaf, spec in zip(self._nest.flatten(batch), self._nest.specs):
-            shape = shape_of(leaf)
-            if len(shape) == len(spec.shape) + 1:
-                return int(shape[0])
-        raise ValueError(
-            "expected a batch, one axis of items in front of each leaf (for steps and lanes together), "
-            f"found {self._instead_of_a_batch(batch)}"
-        )
-
-    def _instead_of_a_batch(self, value: Any) -> str:
-        """What `value` looks like, and what to do with it."""
-        leaves = self._nest.flatten(value)
-        if any(shape_of(leaf) != spec.shape for leaf, spec in zip(leaves, self._nest.specs)):
-            return f"none or more in {', '.join(map(label, self._nest.paths))}"
-        if self._lanes.count > 1:
-            return "what looks like a single item; give it that axis, and name its lane: extend(..., lanes=[...])"
-        return "what looks like a single item, which add takes"
-
-    def _looks_like_a_batch(self, value: Any) -> bool:
-        """Whether every leaf is as in a batch of as many items."""
-        try:
-            shapes = [shape_of(leaf) for leaf in self._nest.flatten(value)]
-        except (ValueError, TypeError):
-            return False
-        lead = shapes[0][:1]
-        return len(lead) == 1 and all(shape == lead + spec.shape for shape, spec in zip(shapes, self._nest.specs))
-
-    def _check_counts(self, batch: Any) -> None:
-        """Refuse a batch whose leaves do not have the same number of items."""
-        shapes = {path: shape_of(leaf) for path, leaf in zip(self._nest.paths, self._nest.flatten(batch))}
-        specs = self._nest.leaves
-        counts = {path: shape[0] for path, shape in shapes.items() if len(shape) == len(specs[path].shape) + 1}
-        most = statistics.mode(counts.values())
-        known = next(path for path, count in counts.items() if count == most)
-        for path, count in counts.items():
-            if count != most:
-                raise ValueError(
-                    f"{label(path)}: expected {most} items, as {label(known)} has, found {count}"
-                ) from None
 
     def end_episode(self, lanes: Any = None) -> None:
         """Let the episodes of these lanes, or of all, end with their newest items, as if these had been truncated.
@@ -578,7 +496,7 @@ class ReplayBuffer:
         num_steps: int | None = None,
         at_end: AtEnd = "cross",
         n_step: int | None = None,
-        discount: float = 0.99,
+        discount: float | None = None,
     ) -> Sample:
         """Items, windows of items, or items with n-step returns, drawn by the sampler.
 
@@ -599,8 +517,8 @@ class ReplayBuffer:
             lane's newest item ends them. Its reward is the discounted sum of theirs, what follows it and its flags are
             those of the last one, and `Sample.discounts` is what the value of the following observation counts: not
             cut at truncation, 0 at termination.
-        discount : float, default 0.99
-            What a reward one step later counts.
+        discount : float, optional
+            What a reward one step later counts in n-step returns; 0.99 by default.
 
         Returns
         -------
@@ -633,7 +551,7 @@ class ReplayBuffer:
         num_steps: int | None = None,
         at_end: AtEnd = "cross",
         n_step: int | None = None,
-        discount: float = 0.99,
+        discount: float | None = None,
     ) -> Iterator[Sample]:
         """Every item, or window, that can be sampled now, once, in random order; the last batch may be smaller.
 
@@ -696,7 +614,9 @@ class ReplayBuffer:
         if not items:
             raise ValueError("the buffer is empty; add items before sampling")
         if how.n_step is not None:
-            self._check_n_step()
+            self._roles.check_n_step(self._nest)
+        elif how.at_end != "cross":
+            self._roles.check_flags(self._nest, f'windows with at_end="{how.at_end}"')
         too_old, tests = self._requirements(how)
         steps = (how.num_steps or 1) - 1
         too_new = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
@@ -730,28 +650,16 @@ class ReplayBuffer:
             return Sample(self._layout.read(steps), rows, weights, given(mask))
         return Sample(self._layout.read(self._windows.steps(places, how.num_steps)), rows, weights)
 
-    def _check_n_step(self) -> None:
-        """Refuse n-step returns where the spec lacks what they are made of."""
-        if self._reward is None:
-            raise ValueError('n-step returns need a reward; name its leaf: ReplayBuffer(..., reward="path")')
-        if self._terminated is None:
-            spec = self._nest.leaves.get("terminated")
-            found = "" if spec is None else f", found one of {spec.dtype}"
-            raise ValueError(
-                f'n-step returns need a bool leaf "terminated"{found}; name it: ReplayBuffer(..., terminated="path")'
-            )
-
     def _merged(self, places: Array, n_step: int, discount: float) -> tuple[Any, Array]:
         """Items that stand for `n_step` steps each, and what the value after them counts."""
-        assert self._reward is not None
-        assert self._terminated is not None
+        reward, terminated = self._roles.reward, self._roles.terminated
+        assert reward is not None
+        assert terminated is not None
         given, taken = self._backend.from_bookkeeping, self._backend.to_bookkeeping
         steps, mask = self._windows.padded(places, n_step)
-        flags = tuple(path for path in (self._terminated, self._truncated) if path is not None)
-        parts = self._layout.read(steps[:, -1], (*self._following, *flags))
-        rewards = taken(self._layout.read(steps, (self._reward,))[self._reward])
-        terminated = taken(parts[self._terminated])
-        parts[self._reward], discounts = map(given, self._windows.returns(rewards, mask, terminated, discount))
+        parts = self._layout.read(steps[:, -1], (*self._roles.following, *self._roles.flags))
+        rewards, ended = taken(self._layout.read(steps, (reward,))[reward]), taken(parts[terminated])
+        parts[reward], discounts = map(given, self._windows.returns(rewards, mask, ended, discount))
         leaves = self._nest.flatten(self._layout.read(places))
         merged = [parts.get(path, leaf) for path, leaf in zip(self._nest.paths, leaves)]
         return self._nest.pack(merged), discounts
@@ -766,7 +674,10 @@ class ReplayBuffer:
         device: Any = None,
         count: int | None = None,
         passes: int | None = None,
-        **options: Any,
+        num_steps: int | None = None,
+        at_end: AtEnd = "cross",
+        n_step: int | None = None,
+        discount: float | None = None,
     ) -> Batches:
         """Samples without end, or all items in so many passes, drawn ahead on a thread while the learner works.
 
@@ -777,17 +688,32 @@ class ReplayBuffer:
         prefetch, to, copy, device, count, passes
             As for `Batches`: how many are drawn ahead, in the arrays of which library and on which device they are
             handed over, how many there are, and how many times `one_pass` is to go through the buffer instead.
-        **options
-            Those of `sample`.
+        num_steps, at_end, n_step, discount
+            As for `sample`.
 
         Returns
         -------
         Batches
             An iterator of `Sample`.
+
+        Raises
+        ------
+        ValueError, ImportError
+            As `Batches`, at once; what `sample` raises comes with the first batch.
         """
-        batch_size = as_count("batch_size", batch_size)
         return Batches(
-            self, batch_size, prefetch=prefetch, to=to, copy=copy, device=device, count=count, passes=passes, **options
+            self,
+            as_count("batch_size", batch_size),
+            prefetch=prefetch,
+            to=to,
+            copy=copy,
+            device=device,
+            count=count,
+            passes=passes,
+            num_steps=num_steps,
+            at_end=at_end,
+            n_step=n_step,
+            discount=discount,
         )
 
     def update_priorities(self, rows: Array, priorities: Any) -> int:
@@ -819,8 +745,8 @@ class ReplayBuffer:
             places, count, size = self._ring.places(numbers), int(numbers.shape[0]), self.size
             if not backend.inside(places, size):
                 there = (places >= 0) & (places < size)
-                count = backend.count(there)
-                chosen = backend.chosen(there)[:count]
+                count = backend.count_nonzero(there)
+                chosen = backend.flatnonzero(there)[:count]
                 places, values = xp.take(places, chosen, axis=0), xp.take(values, chosen, axis=0)
             if count or type(self._sampler).update is Sampler.update:  # which refuses
                 self._sampler.update(self._ring.rows(places), values)
@@ -850,7 +776,7 @@ class ReplayBuffer:
                 lanes=self._lanes.count,
                 behind=self._lanes.every_behind(),
                 ends=self._layout.every_end() if self._layout.knows_ends else None,
-                rewards=None if self._reward is None else self._layout.every(self._reward),
+                rewards=None if self._roles.reward is None else self._layout.every(self._roles.reward),
                 priorities=to_numpy(self._sampler.priorities(some)) if isinstance(self._sampler, Prioritized) else None,
             )
 
@@ -877,12 +803,12 @@ class ReplayBuffer:
             return self._backend.from_bookkeeping(self._sampler.priorities(self._ring.items))
 
 
-_there: weakref.WeakSet[ReplayBuffer] = weakref.WeakSet()
+_live_buffers: weakref.WeakSet[ReplayBuffer] = weakref.WeakSet()
 """All buffers of the process."""
 
 
 def _renew_locks() -> None:
-    for buffer in list(_there):
+    for buffer in list(_live_buffers):
         buffer._renew_lock()
 
 
@@ -891,24 +817,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-def shape_of(leaf: Any) -> tuple[int, ...]:
-    """The shape of an array of any library, or of numbers in lists; () for lists that have none."""
-    try:
-        return tuple(leaf.shape) if is_array(leaf) else np.shape(leaf)
-    except ValueError:
-        return ()
-
-
 def _by_path(name: str, mapping: Mapping[str, Any] | None) -> dict[str, Any]:
     """A mapping that the user gave, checked, as a dict of our own."""
     if mapping is not None and not isinstance(mapping, Mapping):
         raise TypeError(f"expected {name} to be a mapping by path, found {mapping!r:.80}")
     return dict(mapping or {})
-
-
-def below(path: str, part: str) -> bool:
-    """Whether the leaf at `path` is, or is in, the part of the nest at `part`."""
-    return path == part or path.startswith(f"{part}/") or part == ""
 
 
 _REFUSALS = ValueError, TypeError, OverflowError
@@ -924,7 +837,7 @@ class _How(NamedTuple):
     discount: float
 
     @classmethod
-    def of(cls, num_steps: int | None, at_end: str, n_step: int | None, discount: float) -> _How:
+    def of(cls, num_steps: int | None, at_end: str, n_step: int | None, discount: float | None) -> _How:
         """As the user gave it, checked."""
         num_steps = None if num_steps is None else as_count("num_steps", num_steps)
         n_step = None if n_step is None else as_count("n_step", n_step)
@@ -935,6 +848,10 @@ class _How(NamedTuple):
         if num_steps is None and at_end != "cross":
             remedy = "give num_steps= as well" if n_step is None else "n-step returns end with the episode without it"
             raise ValueError(f'at_end="{at_end}" is for windows; {remedy}')
+        if discount is None:
+            discount = 0.99
+        elif n_step is None:
+            raise ValueError(f"discount={discount!r} is for n-step returns; give n_step= as well")
         if not isinstance(discount, (int, float, np.number)) or not 0 <= discount < float("inf"):
             raise ValueError(f"expected a finite discount of 0 or more, found {discount!r}")
         return cls(num_steps, at_end, n_step, float(discount))

@@ -74,15 +74,24 @@ class Draws:
             places = xp.concat([places, more]) if places.shape[0] else more
             if usable is None and not sampler.distinct and self._books.inside(places, len(items)):
                 self.levels[kind] = 0
-                return places[:count]
+                return self._some(places, count)
             good = self._good(places, items, usable)
-            found = self._books.count(good)
+            found = self._books.count_nonzero(good)
             if found >= count:
                 self._settle(kind, count, found / places.shape[0])
-                return xp.take(places, self._books.chosen(good)[:count], axis=0)
+                return self._some(xp.take(places, self._books.flatnonzero(good)[:found], axis=0), count)
             self.levels[kind] += 1
         self._refuse_strangers(places, items)
         return self._draw_exactly(count, items, usable)
+
+    def _some(self, places: Array, count: int) -> Array:
+        """So many of these places: not the first ones where a sampler of the user's own may have them in an order.
+
+        Without replacement it is just these, the order of draws being what the chances of the later ones hang on.
+        """
+        if self._is_inside or self._sampler.distinct or places.shape[0] == count:
+            return places[:count]
+        return self._books.xp.take(places, self._random.permutation(places.shape[0])[:count], axis=0)
 
     def _refuse_strangers(self, places: Array, items: range) -> None:
         """Refuse a sampler that finds nothing but places that are none, and does not say why that may be."""
@@ -168,7 +177,10 @@ class Draws:
         places = np.flatnonzero(good)
         if len(places) == 0:
             otherwise = "" if found is None else f", or have {type(self._sampler).__name__} draw from more"
-            raise ValueError(f"none of {len(items)} items can be drawn, or begins such a window; add more{otherwise}")
+            raise ValueError(
+                f"none of the {len(items)} items that could be drawn, or could begin a window, is of use; add more"
+                f"{otherwise}"
+            )
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
         self._settle(int(usable is not None), count, float(min(1.0, chances[good].sum() / chances.sum())))

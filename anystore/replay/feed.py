@@ -76,8 +76,8 @@ class Batches(Iterator[Any]):
     batches that were drawn before; then there are no more.
 
     The thread ends with the last batch, with `close`, at the end of a ``with``, when nothing refers to the iterator any
-    more (as after a ``break`` out of a loop over it), and with the program. Several threads may share one iterator. Who
-    holds the buffer's `lock` must neither ask for a batch nor close: the thread may be waiting for it.
+    more (as after a ``break`` out of a loop over it), and with the program. Several threads may share one iterator. A
+    thread that holds the buffer's `lock` must call neither `next` nor `close`: the one that draws may wait for it.
 
     On a GPU everything is as if the learner itself had called `sample` instead of its first `next`: draws are made on
     the stream that is current for the buffer's library then and there, and nothing waits for them. A learner that uses
@@ -144,7 +144,7 @@ class Batches(Iterator[Any]):
         return batch if self._hand_over is None else self._hand_over(batch)
 
     def close(self) -> None:
-        """End the thread, and wait until it has ended; there are no more batches then. Once is as good as twice."""
+        """End the thread, and wait until it has ended; there are no more batches then. Idempotent."""
         self._source.close()
 
     def __enter__(self) -> Batches:
@@ -195,33 +195,34 @@ class _End:
 
 
 class _Ahead:
-    """Batches that a thread draws, each for a permit that it was given; taking one gives the permit for another.
+    """Batches that a thread draws, until so many are ready; whoever takes one wakes it.
 
     It holds no reference to the iterator, whose end it must not delay. What the threads share are two queues of the
-    kind that may be put to anywhere, also while garbage is collected.
+    kind that may be put to anywhere, also while garbage is collected. That it was woken says nothing but that it is to
+    look again, so that an interrupt of who takes a batch can cost that batch, and no more.
     """
 
     def __init__(self, draw: Callable[[], Any], turns: Iterator[None], prefetch: int, backend: Any) -> None:
         self._draw = draw
         self._turns = turns
         self._backend = backend
-        self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._prefetch = prefetch
+        self._wake_ups: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stopped = False
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
         self._process: int | None = None
-        for _ in range(prefetch):
-            self._permits.put(True)
 
     def next(self) -> Any:
-        if self._thread is None:
+        if self._thread is None or self._thread.ident is None:
             self._start()
         if self._process != os.getpid():  # a fork leaves the thread behind, and there would be no end of waiting
             raise RuntimeError("the batches are drawn by a thread of the parent process; make new ones in this process")
+        self._wake_ups.put(None)  # which the last one may not have come to, if it was interrupted
         batch = self._ready.get()
         if not isinstance(batch, _End):
-            self._permits.put(True)
+            self._wake_ups.put(None)
             return batch
         self._ready.put(_End())  # for the next one that asks
         try:
@@ -232,13 +233,13 @@ class _Ahead:
     def stop(self) -> None:
         """Let the thread end when it has drawn the batch that it draws, if any, and do not wait for it."""
         self._stopped = True
-        self._permits.put(False)
+        self._wake_ups.put(None)
 
     def close(self) -> None:
         self.stop()
         with self._starting:
             thread = self._thread
-        if thread not in (None, threading.current_thread()):
+        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
             thread.join()
         with contextlib.suppress(queue.Empty):
             while True:
@@ -247,21 +248,21 @@ class _Ahead:
 
     def _start(self) -> None:
         with self._starting:
-            if self._thread is not None:
-                return
-            stream = contextlib.nullcontext() if self._backend is None else self._backend.stream()
-            thread = threading.Thread(target=self._run, args=(stream,), name="anystore-batches", daemon=True)
-            # For each thread anew: what was registered last is called first, before the libraries clean up.
-            atexit.register(self._stop_at_exit, thread)
-            self._process = os.getpid()
-            thread.start()
-            self._thread = thread
+            if self._thread is None:
+                stream = contextlib.nullcontext() if self._backend is None else self._backend.stream()
+                self._thread = threading.Thread(target=self._run, args=(stream,), name="anystore-batches", daemon=True)
+            if self._thread.ident is None:
+                # For each thread anew: what was registered last is called first, before the libraries clean up.
+                atexit.register(self._stop_at_exit, self._thread)
+                self._process = os.getpid()
+                self._thread.start()
 
     def _run(self, stream: AbstractContextManager[object]) -> None:
         try:
             with stream:
                 for _ in self._turns:
-                    if not self._permits.get() or self._stopped:
+                    self._wait()
+                    if self._stopped:
                         break
                     self._ready.put(self._draw())
         except BaseException as error:
@@ -270,10 +271,19 @@ class _Ahead:
             self._ready.put(_End())
         atexit.unregister(self._stop_at_exit)
 
+    def _wait(self) -> None:
+        """Wait until fewer batches are ready than are to be drawn ahead, or all are done."""
+        while not self._stopped and self._ready.qsize() >= self._prefetch:
+            self._wake_ups.get()
+        with contextlib.suppress(queue.Empty):
+            while True:  # those of batches that were taken while others were drawn
+                self._wake_ups.get_nowait()
+
     def _stop_at_exit(self, thread: threading.Thread) -> None:
         # A daemon thread that is still at work in a library when Python ends may bring the process down.
         self.stop()
-        thread.join(_LAST_WAIT)
+        if thread.ident is not None:
+            thread.join(_LAST_WAIT)
 
 
 def _is_on_gpu(buffer: Any) -> bool:
@@ -368,7 +378,7 @@ def tf_dataset(buffer: Any, batch_size: int, **options: Any) -> Any:
     batch_size : int
         The size of each sample.
     **options
-        As for `Batches`, without `to` and `copy`: batches go through main memory and are copied by TensorFlow.
+        As for `Batches`, without `to`, `copy` and `device`: batches go through main memory, and TensorFlow copies them.
 
     Returns
     -------

@@ -16,7 +16,8 @@ from numpy.typing import DTypeLike, NDArray
 from anystore.backends.base import Array
 from anystore.convert import as_array, is_array, to_numpy
 from anystore.nests import Nest, children, label, map_leaves
-from anystore.replay.buffer import ReplayBuffer, shape_of
+from anystore.replay.batch import shape_of
+from anystore.replay.buffer import ReplayBuffer
 from anystore.specs import ArraySpec, as_dtype, kind_of, understand
 from anystore.values import Casting, can_cast
 
@@ -63,8 +64,13 @@ def transition_spec(env: Any, *, reward: DTypeLike = "float32", floats: DTypeLik
 def _spaces(env: Any) -> dict[str, Any]:
     """The spaces of a single environment."""
     prefix = "" if _num_envs(env) is None else "single_"
-    obs = getattr(env, f"{prefix}observation_space")
-    return {"obs": obs, "action": getattr(env, f"{prefix}action_space"), "next_obs": obs}
+    spaces = [getattr(env, f"{prefix}{kind}_space", None) for kind in ("observation", "action")]
+    if None in spaces:
+        raise ValueError(
+            f"expected an environment with {prefix}observation_space and {prefix}action_space, as Gymnasium's have "
+            f"them, found a {type(env).__name__} without"
+        )
+    return {"obs": spaces[0], "action": spaces[1], "next_obs": spaces[0]}
 
 
 def _num_envs(env: Any) -> int | None:
@@ -124,9 +130,10 @@ class Recorder:
     its end, be that a termination or a truncation, and never the first one of the next episode. A step that only resets
     an environment is not added. An episode that is broken off by a reset is marked as truncated.
 
-    A step that is refused changes nothing, in the buffer or the recorder. Observations are copied, so that an
-    environment may write the next one over the last. One thread at a time may use a recorder; others may use its
-    buffer meanwhile.
+    A step that is refused changes nothing, in the buffer or the recorder; one that is interrupted is to be followed by
+    a reset. Observations are copied, so that an environment may write the next one over the last; but one that is reset
+    within the step, and writes its first observation over the final one, has lost that before anybody sees it. One
+    thread at a time may use a recorder; others may use its buffer meanwhile.
 
     The modes are those of Gymnasium 1.1 and later, https://farama.org/Vector-Autoreset-Mode; Gymnasium 1.0 has only
     "next_step".
@@ -180,6 +187,8 @@ class Recorder:
 
     def _check_spec(self, env: Any) -> None:
         advice = "transition_spec(env) is a spec that fits, with casting='same_kind'"
+        if "info" in self._parts:
+            raise ValueError("info: expected another name for this part, since step takes the infos by that one")
         for part in ("obs", "terminated", "truncated"):
             if part not in self._parts:
                 there = ", ".join(map(str, self._parts)) or "a single leaf"
@@ -220,10 +229,12 @@ class Recorder:
         ------
         ValueError
             If the observation does not fit the spec, or the lanes are not among the environments.
+        TypeError
+            If the observation is all that ``env.reset`` returned, an info with it.
         """
         if isinstance(obs, tuple) and len(obs) == 2 and not isinstance(self._parts["obs"], tuple):
             raise TypeError("expected an observation and an info, found both in one; call reset(*env.reset())")
-        leaves = self._checked(obs)
+        leaves = self._checked(obs, "obs", self._lead)
         chosen = self.buffer._lanes.named(lanes)
         if not chosen.size:
             return
@@ -273,24 +284,29 @@ class Recorder:
             raise ValueError(
                 f"expected the parts {sorted(self._others)} of the spec by name, found {sorted(others)} in others"
             )
-        leaves = self._checked(obs)
+        leaves = self._checked(obs, "obs", self._lead)
         following = self._following(leaves, ended, info)
         parts = {"action": action, "reward": reward, "terminated": terminated, "truncated": truncated, **others}
         parts |= {"obs": self._nest_of_obs.pack(self._obs), "next_obs": self._nest_of_obs.pack(following)}
-        self._add(self._make(**{name: parts[name] for name in self._parts}), live)
-        self._obs = [_copy(leaf) for leaf in leaves]
+        previous, self._obs = self._obs, None  # an interrupt from here on leaves it to a reset where they are
+        try:
+            self._add(self._make(**{name: parts[name] for name in self._parts}), live)
+        except (ValueError, TypeError, OverflowError):
+            self._obs = previous
+            raise
+        copies = [_copy(leaf) for leaf in leaves]
         self._count(rewards, ended, live)
+        self._obs = copies
 
     # Its parts ------------------------------------------------------------------------------------------------------
 
-    def _checked(self, obs: Any) -> list[Any]:
-        """The leaves of an observation, if they are of each environment."""
+    def _checked(self, obs: Any, part: str, lead: tuple[int, ...], source: str = "") -> list[Any]:
+        """The leaves of an observation, if they have their shapes, with `lead` in front."""
         leaves = self._nest_of_obs.flatten(obs)
         for path, leaf, spec in zip(self._nest_of_obs.paths, leaves, self._nest_of_obs.specs):
-            shape = shape_of(leaf)
-            if shape != self._lead + spec.shape:
-                where = label(f"obs/{path}" if path else "obs")
-                raise ValueError(f"{where}: expected shape {self._lead + spec.shape}, found {shape}")
+            if shape_of(leaf) != lead + spec.shape:
+                where = label(f"{part}/{path}" if path else part)
+                raise ValueError(f"{where}: expected shape {lead + spec.shape}{source}, found {shape_of(leaf)}")
         return leaves
 
     def _flags(self, name: str, flags: Any) -> NDArray[np.bool_]:
@@ -328,7 +344,10 @@ class Recorder:
             )
         if self.autoreset != "same_step" or "next_obs" not in self._parts:
             return leaves
-        rows = [self._nest_of_obs.flatten(self._final(final, info, lane)) for lane in lanes.tolist()]
+        rows = [
+            self._checked(self._final(final, info, lane), "next_obs", (), f" in final_obs of environment {lane}")
+            for lane in lanes.tolist()
+        ]
         return [_with_rows(leaf, lanes, finals) for leaf, finals in zip(leaves, zip(*rows))]
 
     def _final(self, final: Any, info: Any, lane: int) -> Any:
@@ -355,11 +374,11 @@ class Recorder:
             if live.size:
                 self.buffer.add(self._nest.pack(leaves))
             return
-        for path, leaf in zip(self._nest.paths, leaves):
-            if shape_of(leaf)[:1] != self._lead:
+        for path, leaf, spec in zip(self._nest.paths, leaves, self._nest.specs):
+            if shape_of(leaf) != self._lead + spec.shape:
                 raise ValueError(
-                    f"{label(path)}: expected {self._lead[0]} in front, one for each environment, "
-                    f"found shape {shape_of(leaf)}"
+                    f"{label(path)}: expected shape {self._lead + spec.shape}, {self._lead[0]} environments in front, "
+                    f"found {shape_of(leaf)}"
                 )
         if live is self._all:
             self.buffer.extend(self._nest.pack(leaves))

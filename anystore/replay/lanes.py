@@ -125,7 +125,7 @@ class Lanes:
         self._next_newest = newest
 
     def settle(self) -> None:
-        """The ring has advanced: what was noted holds. Once is as good as twice."""
+        """The ring has advanced: what was noted holds. Idempotent."""
         if self._next_newest is not None:
             self._newest, self._next_newest = self._next_newest, None
 
@@ -146,7 +146,7 @@ class Lanes:
         return self._neighbours("behind", places)
 
     def every_behind(self) -> NDArray[Any]:
-        """How far behind each item the previous one of its lane is, in main memory; 0 where there is none."""
+        """How far behind each item the previous one of its lane is, in main memory; 0 or too far for none."""
         if self._distances is None:
             return np.broadcast_to(np.int32(self.count), (len(self._ring.items),))
         return self._ring.in_order(self._distances.select("behind"))

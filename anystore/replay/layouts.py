@@ -91,7 +91,7 @@ class Plain:
         write_run(self.storages["items"], self._ring.next_rows(count), batch, count)
 
     def settle(self) -> None:
-        """The ring has advanced: what was written holds. Once is as good as twice."""
+        """The ring has advanced: what was written holds. Idempotent."""
 
     def undo(self) -> None:
         """The ring has not advanced, and will not: be as before, but for items that were overwritten."""

@@ -99,7 +99,10 @@ class Sampler(ABC):
         return None
 
     def added(self, items: range) -> None:  # noqa: B027  # by default there is nothing to do
-        """Items of these numbers were added; at most `capacity`. After an interrupt it may be told so once more."""
+        """Items of these numbers were added; at most `capacity`. After an interrupt it may be told so once more.
+
+        It should not raise: the items are there by then, and stay.
+        """
 
     def update(self, rows: Array, priorities: Array) -> None:
         """The items in these rows of the storage have new priorities; the buffer has left out those that are gone."""
@@ -107,6 +110,13 @@ class Sampler(ABC):
 
     def clear(self) -> None:  # noqa: B027  # by default there is nothing to do
         """All items are gone."""
+
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._settings().items())})"
 
     def state(self, items: range) -> dict[str, Any]:
         """What `restore` takes: numbers, strings and NumPy arrays by name; `items` are there.
@@ -135,7 +145,6 @@ class Uniform(Sampler):
         self.distinct = not replacement
 
     def _settings(self) -> dict[str, Any]:
-        """What another one is made with."""
         return {"replacement": not self.distinct}
 
     def draw(self, count: int, items: range) -> Array:
@@ -158,11 +167,19 @@ class Recent(Sampler):
     inside = True
 
     def __init__(self, newest: int, *, replacement: bool = True) -> None:
-        self.newest = as_count("newest", newest)
+        self.newest = newest
         self.distinct = not replacement
 
+    @property
+    def newest(self) -> int:
+        """How many items; it may be changed at any time."""
+        return self._newest
+
+    @newest.setter
+    def newest(self, newest: int) -> None:
+        self._newest = as_count("newest", newest)
+
     def _settings(self) -> dict[str, Any]:
-        """What another one is made with."""
         return {"newest": self.newest, "replacement": not self.distinct}
 
     def draw(self, count: int, items: range) -> Array:
@@ -220,7 +237,6 @@ class Prioritized(Sampler):
         return self._epsilon
 
     def _settings(self) -> dict[str, Any]:
-        """What another one is made with."""
         return {"alpha": self.alpha, "beta": self.beta, "epsilon": self.epsilon}
 
     def open(self, capacity: int, backend: Backend, random: Random) -> None:

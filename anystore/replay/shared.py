@@ -416,7 +416,7 @@ class Shared(Plain):
         in_ring = xp.where(from_records, xp.zeros_like(flat), flat)
         index = KnownRows(books.as_rows(in_ring), self._ring.capacity)
         frames = self._select("items", each.path).get(index)
-        chosen = backend.chosen(backend.from_bookkeeping(from_records))
+        chosen = backend.flatnonzero(backend.from_bookkeeping(from_records))
         if chosen.shape[0]:
             taken = xp.take(flat, backend.to_bookkeeping(chosen), axis=0)
             known = KnownRows(books.as_rows(taken), self._records * self._depth)

@@ -49,7 +49,7 @@ class Blocks:
         return checksum
 
     def _filled(self, pieces: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-        """The bytes in blocks, of which the last may be shorter; each is filled anew after COUNT others."""
+        """The bytes in blocks, of which the last may be shorter; each of `COUNT` is filled anew in its turn."""
         blocks = itertools.cycle(self._blocks)
         block, filled = next(blocks), 0
         for piece in pieces:

@@ -125,7 +125,7 @@ def _field(field: Any) -> tuple[Any, ...]:
     if isinstance(dtype, list):
         dtype = [_field(inner) for inner in dtype]
     elif not (isinstance(dtype, str) and _STRING.fullmatch(dtype)):
-        raise ValueError(f"{dtype!r:.80} is no dtype")
+        raise ValueError(f"{dtype!r:.80} is not a dtype")
     lengths = [tuple(_length(length) for length in part) for part in shape]
     return (tuple(name) if isinstance(name, list) else name, dtype, *lengths)
 

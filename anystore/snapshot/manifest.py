@@ -271,7 +271,7 @@ def parse(data: bytes) -> Manifest:
     Raises
     ------
     ValueError
-        If they are none, in all and every word.
+        If they are not a manifest, to the last word.
     """
     place = len(_HEAD)
     if not data.startswith(_HEAD):
@@ -304,7 +304,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises
     ------
     SnapshotError
-        If there is none, or it is damaged, or not one in all and every word.
+        If there is none, or it is damaged, or not well-formed.
     """
     try:
         fd = files.open_regular(path)

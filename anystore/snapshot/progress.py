@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 Callback = Callable[[int, int], None]
-"""Called with the bytes that are done and the bytes in all."""
+"""Called with the bytes that are done and the bytes in total."""
 _PATIENCE = 1.0
 """The seconds after which there is a bar."""
 
@@ -19,9 +19,9 @@ class Progress:
     Parameters
     ----------
     total : int
-        The bytes in all.
+        The bytes in total.
     callback : callable, optional
-        Called after each piece with the bytes done and the bytes in all; in its place there is a bar on the standard
+        Called after each piece with the bytes done and the bytes in total; in its place there is a bar on the standard
         error past a second, if that is a terminal and rich is installed.
     """
 

@@ -72,7 +72,7 @@ def load(
     version : int, optional
         An older version that was kept; by default the newest.
     progress : callable, optional
-        Called with the bytes that are done and the bytes in all. Without one there is a bar on the standard error
+        Called with the bytes that are done and the bytes in total. Without one there is a bar on the standard error
         past a second, if that is a terminal and rich is installed.
 
     Returns

@@ -69,7 +69,7 @@ def save_snapshot(
     keep : int, default 0
         How many older versions stay loadable.
     progress : callable, optional
-        Called with the bytes that are done and the bytes in all.
+        Called with the bytes that are done and the bytes in total.
 
     Raises
     ------
