@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspector.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
     inspector.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal has not all letters of a path
+    try:
+        status = _run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command == "inspect":
         return _inspect(options.path, options.verify, options.json)
     if options.command == "plan":
@@ -125,6 +139,8 @@ def _from_json(text: str) -> Any:
         return _specs(json.loads(text))
     except json.JSONDecodeError as error:
         raise ValueError(f"expected JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("expected JSON of a spec, found one that is nested too deeply") from None
 
 
 def _specs(node: Any, path: str = "") -> Any:

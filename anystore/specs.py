@@ -108,7 +108,7 @@ def as_dtype(dtype: Any) -> np.dtype[Any]:
     try:
         found: np.dtype[Any] = np.dtype(dtype)
         return found
-    except TypeError:
+    except (TypeError, SyntaxError):
         # "bfloat16", and the dtype objects of torch and array_api_strict, which NumPy does not know.
         name = str(dtype).rpartition(".")[2]
     return _named_dtype(name)
@@ -119,7 +119,7 @@ def _named_dtype(name: str) -> np.dtype[Any]:
     try:
         found: np.dtype[Any] = np.dtype(name)
         return found
-    except TypeError:
+    except (TypeError, SyntaxError):  # the latter of what begins like a list of dtypes
         pass
     try:
         import ml_dtypes

@@ -149,17 +149,18 @@ class Storage:
         SnapshotError
             If there is none, or a file of it is damaged or missing.
         """
-        from anystore.mapped import mapped_entry
+        from anystore.mapped import ITEMS, mapped_manifest
         from anystore.snapshot import SnapshotError
 
-        entry = mapped_entry(directory)
+        manifest = mapped_manifest(directory)
         while True:
+            entry = manifest.storages[ITEMS]
             options: Any = {"casting": entry.casting, "directory": directory, "mode": mode}
             try:
                 return cls(entry.nest.data_spec, entry.capacity, **options)
             except SnapshotError:
-                before, entry = entry, mapped_entry(directory)
-                if entry == before:  # and else another has resized it meanwhile
+                before, manifest = manifest.id, mapped_manifest(directory)
+                if manifest.id == before:  # and else another has resized it meanwhile
                     raise
 
     def _attach(self, data_spec: Any, capacity: int, backend: Backend, casting: Casting) -> None:
@@ -528,14 +529,23 @@ class Storage:
             self._backend.scatter(buffers, kept, self._backend.gather(self._buffers, kept, None))
             self._switch(buffers, capacity)
             return
-        from anystore.snapshot.writer import storage_entry
+        from anystore.snapshot.writer import storage_entry, used_rows
 
         entry = dataclasses.replace(storage_entry(self), capacity=capacity)
+        kept = kept[: used_rows(self)]
         try:
-            with self._mapped.replaced(entry) as new:
+            with self._mapped.replaced(entry, len(kept)) as new:
                 self._backend.scatter(new, kept, self._backend.gather(self._buffers, kept, None))
-        finally:  # whichever files are there, also after an interrupt
-            self._switch(self._backend.together(self._mapped.buffers), self._mapped.capacity)
+        finally:
+            self._follow(self._mapped)
+
+    def _follow(self, mapped: Mapped) -> None:
+        """Go on with whichever files are there, also after an interrupt."""
+        try:
+            self._switch(self._backend.together(mapped.buffers), mapped.capacity)
+        except BaseException:
+            self._switch(self._backend.together(mapped.buffers), mapped.capacity)
+            raise
 
     def _switch(self, buffers: list[Any], capacity: int) -> None:
         """Have other buffers, for so many rows."""

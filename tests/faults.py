@@ -12,7 +12,19 @@ from typing import Any
 
 from anystore.snapshot import blocks, files
 
-CALLS = ("create", "duplicate", "write", "truncate", "fsync", "close", "sync_directory", "replace", "unlink", "mkdir")
+CALLS = (
+    "create",
+    "duplicate",
+    "write",
+    "truncate",
+    "allocate",
+    "fsync",
+    "close",
+    "sync_directory",
+    "replace",
+    "unlink",
+    "mkdir",
+)
 
 
 @contextlib.contextmanager

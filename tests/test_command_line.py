@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 
 import anystore
-from anystore import BackendInfo, available_backends
+from anystore import ArraySpec, BackendInfo, Storage, available_backends
 from anystore.__main__ import main
 
 SPEC = {"obs": {"image": {"shape": [84, 84, 4], "dtype": "uint8"}}, "rewards": [{"shape": [], "dtype": "float32"}]}
@@ -70,6 +72,8 @@ class TestPlan:
             ('{"a": [1, 3]}', "a/0: expected {'shape': [...], 'dtype': '...'} at each leaf, found 1"),
             ('{"a": {"shape": [-1], "dtype": "int8"}}', "a: expected a shape without negative lengths"),
             ('[{"b": {"shape": [1], "dtype": "real"}}]', "0/b: 'real' is not a dtype"),
+            ('{"shape": [1], "dtype": ","}', "the item: ',' is not a dtype"),
+            ("[" * 5000 + "]" * 5000, "expected JSON of a spec, found one that is nested too deeply"),
             ('{"shape": [1], "dtype": "int8", "unit": "m"}', "the item: expected a shape, a dtype and perhaps a name"),
             ("[]", "expected a nest with at least one ArraySpec"),
             ("nowhere.json", "No such file"),
@@ -92,3 +96,23 @@ class TestPlan:
             main(["plan", "{}", capacity] if capacity[0] != "-" else ["plan", "{}", "--", capacity])
         assert stop.value.code == 2
         assert "capacity" in capsys.readouterr().err
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "anystore", *arguments], capture_output=True, text=True, **options)
+
+
+def test_a_terminal_that_has_not_all_letters(tmp_path):
+    Storage({"h\u00f6he": ArraySpec((), "float32")}, 4).save(tmp_path / "store")
+    found = run("inspect", str(tmp_path / "store"), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert found.returncode == 0
+    assert r"h\xf6he" in found.stdout
+
+
+def test_who_reads_has_seen_enough():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "anystore", "plan", '{"shape": [4], "dtype": "float32"}', "10"]
+    with os.fdopen(write) as gone:
+        ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "")

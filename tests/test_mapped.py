@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,16 +134,60 @@ class TestFiles:
 
     def test_is_opened_while_another_resizes_it(self, path, monkeypatch):
         store = Storage(SPEC, 10, directory=path)
-        entries = mapped.mapped_entry
+        read = mapped.mapped_manifest
 
         def resized(directory: Path) -> Any:
-            entry = entries(directory)
-            monkeypatch.setattr(mapped, "mapped_entry", entries)
+            manifest = read(directory)
+            monkeypatch.setattr(mapped, "mapped_manifest", read)
             store.resize(12)
-            return entry
+            return manifest
 
-        monkeypatch.setattr(mapped, "mapped_entry", resized)
+        monkeypatch.setattr(mapped, "mapped_manifest", resized)
         assert Storage.open(path).capacity == 12
+
+    @pytest.mark.parametrize("how", ["made anew", "a copy", "a file is gone"])
+    def test_what_is_written_after_another_replaced_it_is_known_to_be_lost(self, path, tmp_path, how):
+        store = Storage(SPEC, 10, directory=path)
+        if how == "a copy":
+            shutil.copytree(path, tmp_path / "copy")
+        if how == "a file is gone":
+            next(path.glob("*.npy")).unlink()
+        else:
+            shutil.rmtree(path)
+            with pytest.raises(SnapshotError, match="there is no such file"):
+                store.flush()
+            with pytest.raises(SnapshotError, match="there is no such file"):
+                store.resize(20)
+            assert not path.exists()
+            if how == "a copy":
+                shutil.move(tmp_path / "copy", path)
+            else:
+                Storage(SPEC, 10, directory=path).set(3, batch(7))
+        store.set([3], batch([5]))
+        for write in (store.flush, lambda: store.resize(30)):
+            with pytest.raises(SnapshotError, match="another has resized or replaced this storage since it"):
+                write()
+        if how == "made anew":
+            assert_same(Storage(SPEC, 10, directory=path).get(3), batch(7))
+
+    def test_rows_that_were_never_written_take_no_room_after_a_resize(self, path):
+        store = Storage(ArraySpec((1000,), "uint8"), 100_000, directory=path)
+        store.set(7, np.ones(1000, np.uint8))
+        store.resize(200_000)
+        assert sum(file.stat().st_blocks * 512 for file in path.glob("*.npy")) < 1_000_000
+        assert store.get(7).sum() == 1000
+
+    def test_what_could_not_be_read_again_is_not_made(self, path):
+        with pytest.raises(ValueError, match="expected"):
+            Storage(ArraySpec((0,), "float32"), 2**49, directory=path)
+        assert Storage(ArraySpec((), "int8"), 4, directory=path).capacity == 4
+
+    def test_what_there_is_no_room_for_is_warned_of(self, path, monkeypatch):
+        with pytest.warns(
+            RuntimeWarning, match=r"takes .* bytes when it is full; .* bytes are free at .*/store, and"
+        ) as w:
+            Storage(ArraySpec((2**20,), "uint8"), 2**23, directory=path)
+        assert w[0].filename == __file__
 
     def test_is_resized_for_those_who_open_it_later(self, path):
         store = Storage(SPEC, 10, directory=path)
@@ -161,7 +206,7 @@ class TestFiles:
         store.set(range(10), batch(np.arange(10)))
         other.set([3], batch([7]))
         for write in (other.flush, lambda: other.resize(30)):
-            with pytest.raises(SnapshotError, match="another has resized this storage since it was opened here"):
+            with pytest.raises(SnapshotError, match="another has resized or replaced this storage since it"):
                 write()
         store.flush()
         assert_same(Storage(SPEC, 20, directory=path).get(range(10)), batch(np.arange(10)))

@@ -823,7 +823,9 @@ def test_values_of_another_number_of_environments(mode):
         refused(
             recorder, r"truncated: expected shape \(3,\), found \(3, 1\)", *returned[:3], terminated, truncated[:, None]
         )
-        refused(recorder, r"action: expected shape \(3,\), 3 environments in front, found \(2,\)", action[:2], *returned)
+        refused(
+            recorder, r"action: expected shape \(3,\), 3 environments in front, found \(2,\)", action[:2], *returned
+        )
         refused(recorder, r"action: expected shape \(3,\), 3 environments in front, found \(\)", 0, *returned)
         recorder.step(action, *returned)
     check_all(recorder.buffer, "box", model(mode, 8))

@@ -638,6 +638,17 @@ class TestSettings:
         with pytest.raises(ValueError, match=f"^expected newest to be an int of 1 or more, found {newest!r}$"):
             Recent(newest)
 
+    def test_settings_that_may_be_changed_are_checked_then_too(self) -> None:
+        """Or a buffer could be saved that no load makes again."""
+        recent, prioritized = Recent(3), Prioritized()
+        with pytest.raises(ValueError, match="^expected newest to be an int of 1 or more, found 2.5$"):
+            recent.newest = 2.5
+        with pytest.raises(ValueError, match="^expected a finite beta of 0 or more, found -1$"):
+            prioritized.beta = -1
+        assert (recent.newest, prioritized.beta) == (3, 0.4)
+        assert repr(recent) == "Recent(newest=3, replacement=True)"
+        assert repr(prioritized) == "Prioritized(alpha=0.6, beta=0.4, epsilon=1e-06)"
+
     @pytest.mark.parametrize("name", ["alpha", "beta", "epsilon"])
     @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
     def test_settings_that_are_none(self, name: str, value: float) -> None:

@@ -470,13 +470,18 @@ class TestIncremental:
             assert_same(load(each, like=store).get(...), store.get(...))
 
     def test_many_leaves_in_many_layers_are_written_whole(self, path, monkeypatch):
-        monkeypatch.setattr(manifest, "MANIFEST_BYTES", 60_000)
-        monkeypatch.setattr(writer, "_FILES", 300)
-        store = Storage({f"leaf {number}": ONE for number in range(30)}, 200)
-        for row in range(20):
-            store.set(row, {f"leaf {number}": np.full(2, row, np.int16) for number in range(30)})
+        """Before there is no room for them in the manifest, where a name may take several times its letters."""
+        monkeypatch.setattr(manifest, "MANIFEST_BYTES", 120_000)
+        monkeypatch.setattr(writer, "_LAYERS_BYTES", 60_000)
+        store = Storage({f"葉 {number}": ONE for number in range(30)}, 200)
+        layers = []
+        for row in range(40):
+            store.set(row, {f"葉 {number}": np.full(2, row, np.int16) for number in range(30)})
             store.save(path)
-        assert load(path).get(19)["leaf 7"].tolist() == [19, 19]
+            layers.append(len(manifest.read_manifest(path / manifest.MANIFEST).storages["items"].layers))
+        assert 5 < max(layers) < 40
+        assert layers.count(1) > 2
+        assert load(path).get(39)["葉 7"].tolist() == [39, 39]
 
     def test_a_process_that_is_forked_during_a_save_does_not_go_on_with_the_lock(self, path):
         program = textwrap.dedent(

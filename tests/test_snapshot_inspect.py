@@ -7,6 +7,8 @@ import pytest
 import anystore
 from anystore import ArraySpec, Storage
 from anystore.__main__ import main
+from anystore.snapshot.reader import Snapshot
+from anystore.snapshot.report import report
 from tests.test_snapshot_damage import make
 
 TEXT = """{path}: storage, version 2, by anystore {version}
@@ -70,3 +72,16 @@ def test_a_memory_mapped_storage(tmp_path, capsys):
     assert lines[0] == f"{tmp_path / 'store'}: mapped, version 1, by anystore {anystore.__version__}"
     assert lines[1:3] == ["  items: 5 of 5 rows", "    the item  (3,)  bfloat16  30 bytes"]
     assert lines[-1].endswith("1 files with 30 bytes; sizes and headers are good")
+
+
+def test_one_that_is_saved_again_meanwhile(path, monkeypatch):
+    store, check = anystore.load(path), Snapshot.check
+
+    def late(snapshot):
+        monkeypatch.undo()
+        store.save(path)
+        check(snapshot)
+
+    before = report(path)
+    monkeypatch.setattr(Snapshot, "check", late)
+    assert report(path)["version"] > before["version"]

@@ -876,3 +876,109 @@ def test_a_selection_of_a_leaf_that_a_restore_unmakes_goes_on_with_it(tmp_path: 
     selection.set(1, 6.0)
     assert to_numpy(store.get(...)["a"]).tolist() == [0.0, 6.0, 0.0]
     assert to_numpy(store.get(...)["b"]).tolist() == [0, 0, 0]
+
+
+def test_a_checkpoint_of_a_state_alone(tmp_path: Path) -> None:
+    """Where the state is the root, beside what the checkpoint keeps of its own."""
+    state = NumpyState()
+    state.rows = np.arange(3)
+    checkpoint = tf.train.Checkpoint(state)
+    prefix = checkpoint.save(str(tmp_path / "checkpoint"))
+    state.rows = np.zeros(3)
+    checkpoint.restore(prefix).assert_consumed()
+    assert state.rows.tolist() == [0, 1, 2]
+    empty = NumpyState()
+    tf.train.Checkpoint(empty).restore(checkpoint.save(str(tmp_path / "checkpoint")))
+    assert empty.rows.tolist() == [0, 1, 2]
+
+
+def test_a_restore_of_something_else_is_no_end_of_saving(tmp_path: Path) -> None:
+    module = tf.Module()
+    module.part = tf.Module()
+    state = NumpyState()
+    checkpoint = tf.train.Checkpoint(x=state)
+    checkpoint.restore(tf.train.Checkpoint(x=module).save(str(tmp_path / "other")))
+    state.rows = np.arange(3)
+    assert contents(checkpoint.save(str(tmp_path / "own"))).keys() == {"x/rows/.ATTRIBUTES/py_state"}
+
+
+def test_what_a_setter_takes_is_saved_once(tmp_path: Path) -> None:
+    class Doubled(NumpyState):
+        def __init__(self) -> None:
+            self._x = np.zeros(2)
+
+        @property
+        def x(self) -> Any:
+            return self._x
+
+        @x.setter
+        def x(self, value: Any) -> None:
+            self._x = 2 * value
+
+    state = Doubled()
+    state.x = np.ones(2)
+    prefix = saved(tmp_path, state=state)
+    assert contents(prefix).keys() == {"state/_x/.ATTRIBUTES/py_state"}
+    tf.train.Checkpoint(state=state).restore(prefix)
+    assert state.x.tolist() == [2, 2]
+
+
+def test_a_copy_of_a_state_is_saved_as_it_is(tmp_path: Path) -> None:
+    state = NumpyState()
+    state.rows = np.zeros(2)
+    twin = copy.copy(state)
+    assert twin.rows is state.rows
+    twin.rows = np.ones(2)
+    assert contents(saved(tmp_path, state=twin)) == {"state/rows/.ATTRIBUTES/py_state": npy(np.ones(2))}
+
+
+class OwnDict(dict):  # type: ignore[type-arg]
+    pass
+
+
+class OwnTuple(tuple):  # type: ignore[type-arg]
+    __slots__ = ()
+
+
+def test_containers_of_classes_of_their_own() -> None:
+    store = NumpyStorage(OwnDict(a=OwnTuple([STEP, OBS])), CAPACITY)
+    store.set(3, {"a": (7, np.ones(3))})
+    found = store.get(3)
+    assert (type(found), type(found["a"])) == (OwnDict, OwnTuple)
+    assert found["a"][0] == 7
+
+
+def test_a_variable_is_an_array_of_one_as_an_index() -> None:
+    """It has no ``__index__``, by which NumPy would take it for a number, and give a view."""
+    store = NumpyStorage(PLAIN, CAPACITY)
+    copies = [store.get(index)["obs"] for index in (tf.Variable(1), np.array(1))]
+    view = store.get(tf.constant(1))["obs"]
+    store.set(1, {"obs": np.ones(3), "step": 1})
+    assert [found.tolist() for found in copies] == [[0, 0, 0]] * 2
+    assert view.tolist() == [1, 1, 1]
+
+
+def test_single_numbers_of_bfloat16() -> None:
+    store = NumpyStorage({"x": ArraySpec((), "float32"), "y": ArraySpec((), "bfloat16")}, CAPACITY)
+    store.set(0, {"x": tf.constant(1.5, tf.bfloat16), "y": tf.constant(2.5, tf.bfloat16)})
+    assert (store.get(0)["x"], float(store.get(0)["y"])) == (1.5, 2.5)
+
+
+def test_a_batch_that_only_says_what_array_it_is() -> None:
+    class Lazy:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            return np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    store = NumpyStorage({"x": OBS}, CAPACITY)
+    store.set([0, 1], {"x": Lazy()})
+    assert store.get([0, 1])["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_record_with_names_in_other_letters(tmp_path: Path) -> None:
+    store, twin = (NumpyStorage(ArraySpec((), [("\u540d", "f4")]), 3) for _ in range(2))
+    store.set(1, np.array((1.5,), [("\u540d", "f4")]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of NumPy, that old versions cannot read this
+        prefix = saved(tmp_path, store=store)
+    tf.train.Checkpoint(store=twin).restore(prefix)
+    assert twin.get(1)["\u540d"] == 1.5

@@ -31,6 +31,18 @@ class TestTensorflow:
         assert to_library(tensor, "tensorflow") is tensor
         assert to_library(tensor, "tensorflow", copy=True) is not tensor
 
+    @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+    def test_what_has_no_memory_of_its_numbers(self, library):
+        for tensor in (tf.sparse.from_dense([1, 0]), tf.ragged.constant([[1], [2, 3]])):
+            for copy in (False, None, True):
+                with pytest.raises(ValueError, match="^x: .*(Python objects|cannot be read into NumPy)"):
+                    to_library({"x": tensor}, library, copy=copy)
+
+    def test_jax_shares_its_memory(self):
+        tensor = tf.constant(np.arange(64, dtype=np.float32))
+        found = to_library({"x": tensor}, "jax")["x"]
+        assert found.tolist() == tensor.numpy().tolist()
+
     @pytest.mark.parametrize(
         ("array", "text"),
         [

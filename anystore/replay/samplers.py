@@ -220,11 +220,18 @@ class Prioritized(Sampler):
     """
 
     def __init__(self, *, alpha: float = 0.6, beta: float = 0.4, epsilon: float = 1e-6) -> None:
-        for name, value in (("alpha", alpha), ("beta", beta), ("epsilon", epsilon)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"expected a finite {name} of 0 or more, found {value}")
-        self._alpha, self.beta, self._epsilon = alpha, beta, epsilon
+        self._alpha, self._epsilon = _setting("alpha", alpha), _setting("epsilon", epsilon)
+        self.beta = beta
         self.highest = 1.0
+
+    @property
+    def beta(self) -> float:
+        """How much of the bias the weights make up for; it may be changed at any time."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._beta = _setting("beta", beta)
 
     @property
     def alpha(self) -> float:
@@ -324,6 +331,12 @@ class Prioritized(Sampler):
             run = range(start, min(self.capacity, start + len(self._waiting)))
             self._tree.set_run(run, scaled)
             self._waiting = range(self._waiting.start + len(run), self._waiting.stop)
+
+
+def _setting(name: str, value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"expected a finite {name} of 0 or more, found {value}")
+    return float(value)
 
 
 def as_priorities(priorities: Any, count: int, backend: Backend, given: np.dtype[Any]) -> Array:

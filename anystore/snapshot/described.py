@@ -12,7 +12,6 @@ import functools
 import keyword
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,14 +100,12 @@ def read_dtype(described: Any) -> np.dtype[Any]:
         If they stand for none.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            if isinstance(described, str) and _STRING.fullmatch(described):
-                dtype = as_dtype(described)
-                known = described == (dtype.name if is_extension(dtype) else dtype.str)
-            else:
-                dtype = np.lib.format.descr_to_dtype([_field(field) for field in described])
-                known = _as_lists(np.lib.format.dtype_to_descr(dtype)) == described
+        if isinstance(described, str) and _STRING.fullmatch(described):
+            dtype = as_dtype(described)
+            known = described == (dtype.name if is_extension(dtype) else dtype.str)
+        else:
+            dtype = np.lib.format.descr_to_dtype([_field(field) for field in described])
+            known = _as_lists(np.lib.format.dtype_to_descr(dtype)) == described
     except (TypeError, ValueError, KeyError, SyntaxError, Warning, OverflowError) as error:
         raise ValueError(f"expected a dtype, found {described!r:.80} ({error})") from None
     if not known or dtype.hasobject or dtype.itemsize == 0:

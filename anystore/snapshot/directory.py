@@ -15,7 +15,7 @@ from pathlib import Path
 
 from anystore.snapshot import files
 from anystore.snapshot.files import LOCK, SnapshotError
-from anystore.snapshot.manifest import MANIFEST, Manifest, kept_name, kept_versions, read_manifest, render
+from anystore.snapshot.manifest import MANIFEST, Manifest, kept_name, kept_versions, parse, read_manifest, render
 
 _OWN = re.compile(r"([0-9]{6,15})\..*\.npy|manifest-([0-9]{6,15})\.json|manifest(?:-[0-9]{6,15})?\.json\.new")
 """The names that files of a snapshot have, besides the manifest and the lock."""
@@ -63,10 +63,18 @@ def undone_on_error(path: Path) -> Iterator[None]:
 
 
 def stage(path: Path, name: str, manifest: Manifest) -> None:
-    """Write a manifest, and wait until it and the files that it names are on the disk; nobody looks at it yet."""
+    """Write a manifest, and wait until it and the files that it names are on the disk; nobody looks at it yet.
+
+    Raises
+    ------
+    ValueError
+        If it is one that could not be read again.
+    """
+    data = render(manifest)
+    parse(data)
     fd = files.create(path / f"{name}.new")
     try:
-        files.write(fd, render(manifest))
+        files.write(fd, data)
         files.fsync(fd)
     finally:
         files.close(fd)
@@ -122,12 +130,16 @@ def next_version(path: Path) -> int:
     return max([0, *newest, *(int(match[1] or match[2] or 0) for match in matches)]) + 1
 
 
-def file_name(version: int, parts: Sequence[str], taken: set[str]) -> str:
-    """A name for a file, after the path of a leaf, that is safe on any file system and not among those `taken`."""
+def file_name(version: int, parts: Sequence[str], taken: dict[str, int]) -> str:
+    """A name for a file, after the path of a leaf, that is safe on any file system and not among those `taken`.
+
+    These are in lower case, each with the last number that was put behind it.
+    """
     readable = re.sub(r"[^A-Za-z0-9_-]+", ".", "/".join(parts)).strip(".")[:100] or "leaf"
-    name, number = readable, 1
+    name, number = readable, taken.get(readable.lower(), 1)
     while name.lower() in taken:
         number += 1
         name = f"{readable}.{number}"
-    taken.add(name.lower())
+    taken[readable.lower()] = number
+    taken.setdefault(name.lower(), 1)
     return f"{version:06}.{name}.npy"

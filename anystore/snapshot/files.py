@@ -69,6 +69,12 @@ def truncate(fd: int, nbytes: int) -> None:
     os.ftruncate(fd, nbytes)
 
 
+def allocate(fd: int, nbytes: int) -> None:
+    """See to it that there is room for the first so many bytes of a file."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, nbytes)
+
+
 def fsync(fd: int) -> None:
     """Wait until the file is on the disk."""
     os.fsync(fd)

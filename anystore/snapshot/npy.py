@@ -12,8 +12,6 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from anystore.snapshot import files
 from anystore.snapshot.blocks import Blocks
 from anystore.snapshot.files import SnapshotError
-from anystore.snapshot.threads import Threads
+from anystore.snapshot.threads import Task, Threads
 from anystore.specs import is_extension
 
 PIECE = 1 << 22
@@ -99,7 +97,7 @@ class _Checksum:
     def __init__(self, threads: Threads, lead: bytes) -> None:
         self.value = zlib.crc32(lead)
         self._threads = threads
-        self._pending: collections.deque[tuple[Future[int], int]] = collections.deque()
+        self._pending: collections.deque[tuple[Task[int], int]] = collections.deque()
 
     def add(self, work: Callable[[], int], nbytes: int) -> None:
         """Begin with the next piece; `work` returns its CRC-32."""
@@ -108,13 +106,14 @@ class _Checksum:
     def wait(self, most: int = 0) -> None:
         """Wait until no more than so many pieces are being worked on."""
         while len(self._pending) > most:
-            future, nbytes = self._pending[0]  # which `abandon` waits for, if an interrupt comes
-            self.value = combined(self.value, future.result(), nbytes)
+            task, nbytes = self._pending[0]  # which `abandon` waits for, if an interrupt comes
+            self.value = combined(self.value, task.result(), nbytes)
             self._pending.popleft()
 
     def abandon(self) -> None:
         """Wait until nothing is being worked on, whatever comes of it."""
-        futures.wait([future for future, _ in self._pending])
+        for task, _ in self._pending:
+            task.wait()
 
 
 def write_npy(

@@ -9,6 +9,7 @@ from typing import Any
 
 from anystore.nests import label
 from anystore.snapshot.described import describe_dtype
+from anystore.snapshot.files import gone
 from anystore.snapshot.manifest import StorageEntry, kept_versions
 from anystore.snapshot.reader import Snapshot
 
@@ -26,8 +27,7 @@ def report(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]
     SnapshotError, FileNotFoundError
         If it is damaged, with the name of the file.
     """
-    snapshot = Snapshot(path)
-    snapshot.verify() if verify else snapshot.check()
+    snapshot = _checked(path, verify)
     manifest = snapshot.manifest
     arrays = {
         name: {"shape": list(entry.shape), "dtype": describe_dtype(entry.dtype)}
@@ -47,6 +47,19 @@ def report(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]
         "nbytes": snapshot.nbytes,
         "checked": "checksums" if verify and manifest.kind != "mapped" else "sizes and headers",
     }
+
+
+def _checked(path: str | os.PathLike[str], verify: bool) -> Snapshot:
+    """The newest version, found to be good: another one where that is replaced and removed meanwhile."""
+    while True:
+        snapshot = Snapshot(path)
+        try:
+            snapshot.verify() if verify else snapshot.check()
+        except FileNotFoundError as error:
+            if Snapshot(path).id == snapshot.id:
+                raise gone(error.filename) from None
+        else:
+            return snapshot
 
 
 def _storage(entry: StorageEntry) -> dict[str, Any]:

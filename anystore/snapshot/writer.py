@@ -28,7 +28,7 @@ from anystore.snapshot.directory import (
     sweep,
     undone_on_error,
 )
-from anystore.snapshot.manifest import MANIFEST, ArrayEntry, File, Layer, Manifest, StorageEntry
+from anystore.snapshot.manifest import MANIFEST, MANIFEST_BYTES, ArrayEntry, File, Layer, Manifest, StorageEntry
 from anystore.snapshot.npy import ROWS, as_bytes, rows_at_a_time, write_npy
 from anystore.snapshot.progress import Callback, Progress
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 _LAYERS = 64
-_FILES = 1 << 15
-"""A storage that has so many layers, or so many files of layers, is written whole."""
+_LAYERS_BYTES = MANIFEST_BYTES // 4
+"""A storage that has so many layers, or to which the manifest gives so many bytes, is written whole."""
 
 
 def save_snapshot(
@@ -89,13 +89,14 @@ def save_snapshot(
         plans = {name: _plan(name, storages[name], entry, old) for name, entry in entries.items()}
         with undone_on_error(path):
             manifest = _with_files(manifest, path, storages, plans, arrays or {}, progress)
+            changes = {name: Changes(manifest.id, name, storage.capacity) for name, storage in storages.items()}
             if keep:
                 keep_old(path, old)
             stage(path, MANIFEST, manifest)
         commit(path, MANIFEST)
         forget_old(path, keep)
         for name, storage in storages.items():
-            storage._track(Changes(manifest.id, name, storage.capacity))
+            storage._track(changes[name])
         sweep(path)
 
 
@@ -148,7 +149,7 @@ def _plan(name: str, storage: Storage, entry: StorageEntry, old: Manifest | None
     if changes is not None and there is not None and there.spec == entry.spec:
         rows = _Rows.of(changes.mask)
         written = sum(layer.count for layer in there.layers[1:]) + rows.count
-        most = min(_LAYERS, _FILES // (len(there.leaves) + 1))
+        most = min(_LAYERS, _LAYERS_BYTES // len(json.dumps(there.layers[0].json(), indent=1)))
         if written <= max(there.layers[0].count, 1) and len(there.layers) < most:
             return there, rows
     return replace(entry, layers=()), _Rows(0, used_rows(storage))
@@ -208,7 +209,7 @@ class _Draft:
         self._version = version
         self._progress = progress
         self._blocks = blocks
-        self._taken: set[str] = set()
+        self._taken: dict[str, int] = {}
 
     def add_layer(self, name: str, storage: Storage, entry: StorageEntry, rows: _Rows) -> StorageEntry:
         if rows.count == 0 and entry.layers:
