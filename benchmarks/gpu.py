@@ -489,17 +489,26 @@ def goals(figures: Figures) -> list[Figures]:
 
 
 def run_tests(seconds: float, dry: bool) -> Figures:
-    """Every test marked gpu; CuPy must run. JAX, which compiles for every shape, comes last."""
+    """Every test marked gpu; CuPy must run. JAX, which compiles for every shape, comes last.
+
+    Those that say when the device is busy and when it is not run by themselves, the others side by side if they can.
+    """
     if dry:
         return {"a few": _run_tests(seconds, ["tests/test_to_library.py"])}
-    start = time.monotonic()
-    found = {"all but JAX": _run_tests(seconds, ["-m", "gpu", "-k", "not Jax"])}
-    found["JAX"] = _run_tests(max(seconds - (time.monotonic() - start), 10), ["-m", "gpu", "-k", "Jax"])
-    return found
+    end = time.monotonic() + seconds
+    many = ["-n", "8", "--dist", "loadscope"] if importlib.util.find_spec("xdist") else []
+    contracts = ["-m", "gpu", "--ignore=tests/test_gpu.py", *many, "-k"]
+    chosen = {
+        "what only a GPU can show": ["-m", "gpu", "tests/test_gpu.py"],
+        "contracts, but for JAX": [*contracts, "not Jax"],
+        "contracts, JAX": [*contracts, "Jax"],
+    }
+    return {name: _run_tests(max(end - time.monotonic(), 10), each) for name, each in chosen.items()}
 
 
 def _run_tests(seconds: float, chosen: list[str]) -> Figures:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *chosen]
+    # Each by its name, so that failures are known even if the time is over before all have run.
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *chosen]
     env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     env.update({"ANYSTORE_REQUIRE": "cupy"} if "-m" in chosen else {})
     start = time.perf_counter()
@@ -518,8 +527,18 @@ def _run_tests(seconds: float, chosen: list[str]) -> Figures:
         "status": states.get(status, status),
         "seconds": round(time.perf_counter() - start),
         **counts,
-        "failures": re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)[:50],
+        "failures": _failures(output)[:50],
     }
+
+
+def _failures(output: str) -> list[str]:
+    """The names of the tests that failed, with what is said of each at the end, if the end was reached."""
+    names = re.findall(r"^(\S+::.*?) (?:FAILED|ERROR)\b|\b(?:FAILED|ERROR) (tests/.*)$", output, re.MULTILINE)
+    said = dict[str, str]()
+    for before, behind in names:
+        name, _, why = (before or behind).strip().partition(" - ")
+        said[name] = why or said.get(name, "")
+    return [f"{name} - {why}" if why else name for name, why in said.items()]
 
 
 # What is written ----------------------------------------------------------------------------------------------------

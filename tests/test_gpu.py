@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import threading
 import time
+import types
 from typing import Any
 
 import numpy as np
+import optree
 import pytest
 
-from anystore import ArraySpec, Storage, available_backends, to_library
+from anystore import ArraySpec, Storage, available_backends, load, to_library
 from anystore.convert import to_numpy
 from anystore.leaf_table import Record, RowsOfLaunch, launches
 from anystore.rows import KnownRows
@@ -124,7 +128,7 @@ class TestCupyOnAGpu:
         values = of_small(20, 10)
         held = {key: cupy.asarray(leaf) for key, leaf in values.items()}
         rows_there, out = cupy.asarray(rows), store.get(rows)
-        for _ in range(2):  # the first compiles, and allocates
+        for _ in range(3):  # the first compiles and allocates, the second allocates the other block of pinned memory
             event = self.busy()
             store.get(rows)
             store.get(slice(3, 9))
@@ -312,3 +316,81 @@ class TestTorchOnAGpu:
         assert_same(found, values)
         with pytest.raises(IndexError, match="^row 10000 is out of range"):
             store.get(torch.tensor([1, 10_000], device=self.device))
+
+
+class TestSnapshotsOfAGpu:
+    """Rows go through pinned memory, in pieces; what is read again is what was there, on any backend."""
+
+    backend, device = "cupy", "cuda:0"
+
+    @pytest.mark.parametrize("library", ["cupy", "torch", "jax"])
+    def test_from_a_gpu_and_back(self, tmp_path, library):
+        if library != "cupy":
+            usable(library)
+        spec = {
+            "big": ArraySpec((1000,), "float32"),
+            "half": ArraySpec((3,), "bfloat16"),
+            "flag": ArraySpec((), "bool"),
+        }
+        rng = np.random.default_rng(0)
+        values = {
+            "big": rng.random((20_000, 1000), np.float32),
+            "half": rng.random((20_000, 3)).astype(ArraySpec((), "bfloat16").dtype),
+            "flag": rng.random(20_000) < 0.5,
+        }
+        store = Storage(spec, 20_000, backend=library, device="cuda:0")
+        store.set(..., values)
+        store.save(tmp_path / "store")
+        rows, newer = rng.permutation(20_000)[:777], {key: leaf[:777] for key, leaf in values.items()}
+        store.set(rows, newer)
+        store.save(tmp_path / "store")
+        for key, leaf in values.items():
+            leaf[rows] = newer[key].copy()
+        for backend, device in (("numpy", "cpu"), (library, "cuda:0")):
+            found = load(tmp_path / "store", backend=backend, device=device)
+            for key, leaf in found.get(..., copy=None).items():
+                assert to_numpy(leaf).tobytes() == values[key].tobytes()
+
+
+class TestCheckpointsOfAGpu:
+    """What a checkpoint of TensorFlow has under each key is what it has from NumPy; no more of TensorFlow is needed."""
+
+    backend, device = "cupy", "cuda:0"
+
+    @pytest.fixture
+    def drop_in(self, monkeypatch):
+        """The class of `NumpyStorage`, on as much of TensorFlow as it calls when its buffers are saved and restored."""
+        if importlib.util.find_spec("tensorflow"):
+            yield importlib.import_module("anystore.tf").NumpyStorage
+            return
+        names = types.SimpleNamespace
+        tensorflow: Any = types.ModuleType("tensorflow")
+        tensorflow.Module = type("Module", (), {"__init__": lambda self, name: None})
+        tensorflow.__internal__ = names(tracking=names(AutoTrackable=type("AutoTrackable", (), {})))
+        tensorflow.train = names(experimental=names(PythonState=type("PythonState", (), {})))
+        tensorflow.nest = names(
+            flatten=optree.tree_leaves, is_nested=lambda node: isinstance(node, (dict, list, tuple))
+        )
+        monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
+        yield importlib.import_module("anystore.tf").NumpyStorage
+        del sys.modules["anystore.tf"]
+
+    @pytest.mark.parametrize("library", ["cupy", "torch", "jax"])
+    def test_the_same_bytes_as_from_numpy(self, drop_in, library):
+        if library != "cupy":
+            usable(library)
+        spec = {"image": ArraySpec((84, 84), "uint8"), "half": ArraySpec((), "bfloat16"), "n": ArraySpec((2,), "int32")}
+        values = {
+            "image": np.random.default_rng(0).integers(0, 255, (500, 84, 84), np.uint8),
+            "half": np.arange(500).astype(ArraySpec((), "bfloat16").dtype),
+            "n": np.arange(1000, dtype=np.int32).reshape(500, 2),
+        }
+        there, here, again = (drop_in(spec, 1000, backend=name) for name in (library, "numpy", library))
+        for store in (there, here):
+            store.set(slice(100, 600), values)
+        for key in ("buffer0", "buffer1", "buffer2"):
+            content = getattr(there._np_state, key).serialize()
+            assert content == getattr(here._np_state, key).serialize()
+            getattr(again._np_state, key).deserialize(content)
+        for key, leaf in again.get(slice(100, 600)).items():
+            assert to_numpy(leaf).tobytes() == values[key].tobytes()
