@@ -151,10 +151,10 @@ class Mapped:
         return _Opened(manifest.id, entry, maps, buffers, inodes)
 
     def _map(self, file: NpyFile, inodes: dict[Path, tuple[int, int]]) -> mmap.mmap:
-        access = os.O_RDWR if self.mode == "r+" else os.O_RDONLY
+        flags = os.O_RDWR if self.mode == "r+" else os.O_RDONLY
         try:
             file.check()
-            fd = os.open(file.path, access | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(file.path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             raise files.gone(file.path) from None
         try:

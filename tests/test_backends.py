@@ -413,8 +413,7 @@ class TestJax:
         assert store.get([0, 1, 2, 3])["b"].tolist() == [0, 1, 2, 3]
 
     def test_a_batch_that_was_deleted_costs_a_replay_buffer_nothing(self):
-        import jax
-
+        jax = pytest.importorskip("jax")
         buffer = ReplayBuffer({"x": ArraySpec((), "int32")}, 8, backend="jax")
         buffer.extend({"x": np.arange(8, dtype=np.int32)})
         gone = jax.numpy.arange(8, dtype="int32")

@@ -178,7 +178,7 @@ class Draws:
         if len(places) == 0:
             otherwise = "" if found is None else f", or have {type(self._sampler).__name__} draw from more"
             raise ValueError(
-                f"none of the {len(items)} items that could be drawn, or could begin a window, is of use; add more"
+                f"of {len(items)} candidates none can be drawn, for want of a chance or of such a window; add more"
                 f"{otherwise}"
             )
         if self._sampler.distinct and count > len(places):
