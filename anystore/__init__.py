@@ -42,8 +42,8 @@ _LATER = {
 
 
 def __dir__() -> list[str]:
-    """What is public, whether it was imported yet or not."""
-    return sorted([*__all__, "__version__"])  # those of `anystore.tf` are not everybody's to have
+    """What is there, imported or not; but for `NumpyStorage` and `NumpyState`, which need TensorFlow."""
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -93,9 +93,11 @@ def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
     if not is_array(leaf):
         raise ValueError(f"expected an array, found a {type(leaf).__name__}: {leaf!r:.80}")
     taker, own, dtype = _TAKERS[library], library_of(leaf), as_dtype(leaf.dtype)
+    if own == library and not copy:
+        return leaf
     taker.check_dtype(dtype)
     if own == library:
-        return taker.copy(leaf) if copy else leaf
+        return taker.copy(leaf)
     if dtype.hasobject:
         raise ValueError(f"expected a dtype of a fixed size, found {leaf.dtype}")
     if not copy:

@@ -184,14 +184,14 @@ class Mapped:
         inodes = self._opened.inodes.items()
         is_same = mapped_manifest(self.directory).id == self._opened.id
         if not is_same or any(not os.path.lexists(path) or _inode(path) != inode for path, inode in inodes):
+            lost = ", and what was written here since then is lost" if self.mode == "r+" else ""
             raise SnapshotError(
-                f"{self.directory}: another has resized or replaced this storage since it was opened here, and what "
-                "was written here since then is lost; open it again"
+                f"{self.directory}: another has resized or replaced this storage since it was opened here{lost}; open "
+                "it again"
             )
 
-    @contextlib.contextmanager
-    def replaced(self, entry: StorageEntry, rows: int) -> Iterator[list[NDArray[Any]]]:
-        """New buffers, to be filled as far as so many rows, which have taken the place of the old ones at the end.
+    def check_resizable(self) -> None:
+        """See to it that the storage may be resized here, before anything is done for it.
 
         Raises
         ------
@@ -199,12 +199,22 @@ class Mapped:
             In mode "r".
         SnapshotError
             If another has resized or replaced the storage.
-        OSError
-            If there is no room for the rows.
         """
         if self.mode == "r":
             raise ValueError(f"{self.directory}: opened with mode='r', so it cannot be resized; open it with mode='r+'")
-        self._check_that_these_are_its_files()  # before a lock is made where there is no directory any more
+        self._check_that_these_are_its_files()
+
+    @contextlib.contextmanager
+    def replaced(self, entry: StorageEntry, rows: int) -> Iterator[list[NDArray[Any]]]:
+        """New buffers, to be filled as far as so many rows, which have taken the place of the old ones at the end.
+
+        Raises
+        ------
+        SnapshotError
+            If another has resized or replaced the storage.
+        OSError
+            If there is no room for the rows.
+        """
         with prepared(self.directory, "mapped", wait=True):
             self._check_that_these_are_its_files()
             new: _Opened | None = None
@@ -226,7 +236,9 @@ class Mapped:
         """Go on with these files, if they are those of the storage by now."""
         try:
             self._opened = new if mapped_manifest(self.directory).id == new.id else self._opened
-        except BaseException:  # an interrupt, after which nothing may be written to files that are gone
+        except (
+            BaseException
+        ):  # an interrupt, after which nothing may be written to files that are gone; once more, then
             self._opened = new if mapped_manifest(self.directory).id == new.id else self._opened
             raise
 

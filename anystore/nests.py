@@ -243,14 +243,23 @@ def _as_subclass(cls: Any) -> tuple[Any, Any, Any] | None:
     def flatten_mapping(node: Any) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
         return list(node.values()), tuple(node), tuple(node)
 
+    def make(content: Any) -> Any:
+        try:
+            return cls(content)
+        except TypeError as error:
+            raise ValueError(
+                f"expected containers that are made of a {type(content).__name__}, as those that they derive from are, "
+                f"found a {cls.__name__}: {error}"
+            ) from None
+
     def unflatten_mapping(keys: Any, leaves: Iterable[Any]) -> Any:
-        return cls(dict(zip(keys, leaves)))
+        return make(dict(zip(keys, leaves)))
 
     def flatten_sequence(node: Any) -> tuple[list[Any], None]:
         return list(node), None
 
     def unflatten_sequence(_: Any, leaves: Iterable[Any]) -> Any:
-        return cls(leaves)
+        return make(list(leaves))
 
     if issubclass(cls, dict):
         return flatten_mapping, unflatten_mapping, optree.MappingEntry
@@ -294,7 +303,7 @@ def children(node: Any) -> dict[Any, Any]:
 
 def _values_of(node: Any) -> Callable[[Any], tuple[Any, ...]] | None:
     """What takes the leaves out of a dict of several leaves and no nests, in their order; None for any other nest."""
-    if type(node) is not dict or len(node) < 2 or not all(isinstance(value, ArraySpec) for value in node.values()):
+    if not isinstance(node, dict) or len(node) < 2 or not all(isinstance(value, ArraySpec) for value in node.values()):
         return None
     return operator.itemgetter(*children(node))
 

@@ -163,23 +163,29 @@ class Storage:
                 if manifest.id == before:  # and else another has resized it meanwhile
                     raise
 
-    def _attach(self, data_spec: Any, capacity: int, backend: Backend, casting: Casting) -> None:
-        """Everything but the buffers."""
-        self._nest = nest = self._nest_class(data_spec)
+    def _attach(
+        self, data_spec: Any, capacity: int, backend: Backend, casting: Casting, dtypes: list[Any] | None = None
+    ) -> None:
+        """Everything but the buffers; `dtypes` are the library's own, where they are known."""
+        self._nest = self._nest_class(data_spec)
         self._capacity = capacity
         self._backend = backend
         self._casting = casting
-        self._dtypes = []
-        for path, spec in zip(nest.paths, nest.specs):
-            try:
-                self._dtypes.append(backend.native_dtype(spec.dtype))
-            except ValueError as error:
-                raise ValueError(f"{label(path)}: {error}") from None
+        self._dtypes = self._native_dtypes() if dtypes is None else dtypes
         self._mapped: Mapped | None = None
         self._changes: Changes | None = None
         self._lent = _Lent()
         self._selections: weakref.WeakSet[Storage] = weakref.WeakSet()
         self._selected_from: tuple[Storage, list[int]] | None = None
+
+    def _native_dtypes(self) -> list[Any]:
+        found = []
+        for path, spec in zip(self._nest.paths, self._nest.specs):
+            try:
+                found.append(self._backend.native_dtype(spec.dtype))
+            except ValueError as error:
+                raise ValueError(f"{label(path)}: {error}") from None
+        return found
 
     def _map(self, directory: str | os.PathLike[str], mode: str) -> list[Any]:
         name, device = self._backend.name, self._backend.device
@@ -495,7 +501,8 @@ class Storage:
         data_spec, positions = self._nest.select(paths)
         root, within = self._selected_from or (self, list(range(len(self._buffers))))
         selection = Storage.__new__(Storage)
-        selection._attach(data_spec, self._capacity, self._backend, self._casting)
+        dtypes = [self._dtypes[position] for position in positions]
+        selection._attach(data_spec, self._capacity, self._backend, self._casting, dtypes)
         selection._buffers = self._backend.together([self._buffers[position] for position in positions])
         selection._changes, selection._lent, selection._mapped = self._changes, self._lent, self._mapped
         selection._selected_from = root, [within[position] for position in positions]
@@ -531,6 +538,7 @@ class Storage:
             return
         from anystore.snapshot.writer import storage_entry, used_rows
 
+        self._mapped.check_resizable()
         entry = dataclasses.replace(storage_entry(self), capacity=capacity)
         kept = kept[: used_rows(self)]
         try:
@@ -540,7 +548,7 @@ class Storage:
             self._follow(self._mapped)
 
     def _follow(self, mapped: Mapped) -> None:
-        """Go on with whichever files are there, also after an interrupt."""
+        """Go on with whichever files are there; after an interrupt once more, which only does the same again."""
         try:
             self._switch(self._backend.together(mapped.buffers), mapped.capacity)
         except BaseException:

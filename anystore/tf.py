@@ -350,6 +350,8 @@ class _Storage(Storage):
         existing, spec, where = self._existing(), self._nest.specs[position], label(self._nest.paths[position])
         try:
             array = _read_npy(content)
+        except MemoryError:
+            raise
         except Exception as error:
             raise ValueError(f"{where}: the checkpoint does not hold a whole .npy file: {error}") from error
         self._track(None)  # buffers change here without a set, so that the next snapshot is to be written whole
@@ -507,6 +509,8 @@ def _assigned(leaf: Any, spec: ArraySpec, path: str, lead: tuple[int, ...], libr
     place = np.empty(shape or 1, spec.dtype)
     try:
         place[... if shape else 0] = to_numpy(leaf) if dtype is not None and found != "numpy" else leaf
+    except MemoryError:
+        raise
     except Exception as error:  # each library has others of its own
         raise ValueError(f"{label(path)}: NumPy cannot store this for {spec}: {leaf!r:.80} ({error})") from error
     return place.reshape(shape)

@@ -88,6 +88,8 @@ def _brought(leaf: _Leaf, backend: Backend) -> Any:
         _check_integers(leaf)
     try:
         array = backend.bring(_from_python(leaf) if leaf.is_python else leaf.value, leaf.spec.dtype)
+    except MemoryError:
+        raise
     except Exception as error:  # each library has others of its own
         raise TypeError(f"{label(leaf.path)}: {error}") from error
     if tuple(array.shape) != leaf.shape:

@@ -309,6 +309,47 @@ class TestJax:
             assert to_numpy(found["f"]).tolist() == (numbers / 3).tolist()
         assert int(store.get(3)["i"]) == numbers[3]
 
+    @pytest.mark.parametrize("shared", [None, {"next_obs": "obs"}], ids=str)
+    @pytest.mark.parametrize("how", [{}, {"n_step": 2}, {"num_steps": 2}], ids=str)
+    def test_64_bits_stay_64_bits_in_batches(self, shared, how):
+        """The thread that draws them has a setting of its own."""
+        jax = pytest.importorskip("jax", minversion="0.8")
+        number, numbers = ArraySpec((), "int64"), np.arange(50) + 2**40
+        spec = {
+            "obs": number,
+            "next_obs": number,
+            "reward": ArraySpec((), "float32"),
+            "terminated": ArraySpec((), "bool"),
+        }
+        with jax.enable_x64(True):
+            buffer = ReplayBuffer(spec, 50, shared=shared, backend="jax", seed=0)
+            zeros = {"reward": np.zeros(50, np.float32), "terminated": np.zeros(50, bool)}
+            buffer.extend({"obs": numbers, "next_obs": numbers + 1, **zeros})
+            for to in (None, "jax"):
+                for sample in buffer.batches(8, to=to, count=2, **how):
+                    first = to_numpy(sample.items["obs"]).reshape(8, -1)[:, 0]
+                    assert first.tolist() == numbers[to_numpy(sample.rows)].tolist()
+                    assert (to_numpy(sample.items["next_obs"]) > 2**40).all()
+
+    @pytest.mark.parametrize("index", [2, slice(1, 3), [3, 1, 3]], ids=str)
+    def test_what_was_taken_stays_as_it_was_on_other_devices(self, store, index, monkeypatch):
+        """Where XLA takes no array that somebody has a view of, the first write makes new ones."""
+        monkeypatch.setattr(store.backend, "_is_host", False)
+        lent, number = store.buffers, np.arange(4, dtype=np.int32)
+        values = {"a": np.full((4, 2), 7, np.float32)[index], "b": (number + 10)[index]}
+        store.set(index, values)
+        assert lent["b"].tolist() == [0, 1, 2, 3]
+        expected = number.copy()
+        expected[index] += 0 if isinstance(index, list) else 10
+        if isinstance(index, list):
+            expected[[1, 3]] = [11, 13]
+        assert store.get(...)["b"].tolist() == expected.tolist()
+        own = store.get(...)
+        store.set(
+            index, {key: leaf[index if not isinstance(index, list) else np.array(index)] for key, leaf in own.items()}
+        )
+        assert store.get(...)["b"].tolist() == expected.tolist()
+
     def test_a_write_within_jit_is_refused(self, store):
         import jax
 

@@ -494,6 +494,19 @@ class TestCupyBackend:
         assert first() is None
         assert second() is not None
 
+    def test_what_another_library_hands_over_is_not_kept_longer(self):
+        store = self.make(ArraySpec((), "int32"))
+        index = Handed(self.on_device(np.array([7, 8])))
+        gone = [weakref.ref(index)]
+        store.get(index)  # which waits for the check
+        value = Handed(self.on_device(np.zeros((5, 5), np.int32)))
+        gone.append(weakref.ref(value))
+        with pytest.raises(ValueError, match="expected shape"):
+            store.set([1, 2], value)
+        del index, value
+        store.set([1, 2], np.zeros(2, np.int32))
+        assert [ref() for ref in gone] == [None, None]
+
     def test_a_bool_handed_over_as_bytes(self):
         store = self.make(ArraySpec((), "bool"))
         value = Handed(self.on_device(np.array([1, 0, 1], np.uint8)))

@@ -101,6 +101,26 @@ class TestAttrs:
         assert "reward/r" in repr(store)
 
 
+class TestClassesThatAreMadeInTheirOwnWay:
+    """There is no way to know how: they are refused, when the storage is made."""
+
+    def test_are_refused(self):
+        class Pair(tuple):
+            def __new__(cls, a, b):
+                return super().__new__(cls, (a, b))
+
+        class Named(dict):
+            def __init__(self, **items):
+                super().__init__(items)
+
+        class Counted(collections.defaultdict):
+            pass
+
+        for spec in (Pair(X, Y), Named(x=X, y=Y), Counted(list, x=X)):
+            with pytest.raises(ValueError, match=f"^expected containers .* found a {type(spec).__name__}: "):
+                Storage(spec, 4)
+
+
 class TestWhatIsTakenForANest:
     def test_any_mapping_for_a_mapping(self):
         for make in (dict, collections.OrderedDict, types.MappingProxyType, lambda d: collections.defaultdict(int, d)):

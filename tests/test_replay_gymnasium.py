@@ -737,7 +737,7 @@ def test_a_step_before_the_first_reset():
     recorder = Recorder(make_buffer(env), env)
     env.reset()
     refused(recorder, "nothing to step from; call reset", np.zeros(3, int), *env.step(np.zeros(3, int)))
-    with pytest.raises(ValueError, match="no environment was reset so far; reset all of them first"):
+    with pytest.raises(ValueError, match="it is not known where the environments are; reset all of them first"):
         recorder.reset(env.reset()[0], lanes=[0])
 
 

@@ -69,8 +69,13 @@ class Borrowed:
         arrays = self._noted.__dict__.pop("arrays", None)
         if arrays:
             with self._lock:
-                self._kept = [(is_done, others) for is_done, others in self._kept if not is_done()]
+                before, self._kept = self._kept, [kept for kept in self._kept if not kept[0]()]
                 self._kept.append((launched(), arrays))
+            del before  # outside of the lock, since arrays of any library end here
+
+    def forget(self) -> None:
+        """What was noted has been read, or never will be."""
+        self._noted.__dict__.pop("arrays", None)
 
 
 class CudaBackend(Backend):
@@ -129,13 +134,18 @@ class CudaBackend(Backend):
         if index.ndim == 0 or not (self.writable(index) or on_gpu(index)):
             return None
         with self.here():
-            index = self._own(index)
-            dtype = as_dtype(index.dtype)
-            if dtype.kind == "b" and index.shape == (capacity,):
-                return self.as_rows(self.flatnonzero(index))
-            if dtype.kind not in "iu" or 0 in index.shape:
-                return None
-            return self._check(index if self._is_contiguous(index) else self._copy(index), dtype, capacity)
+            try:
+                return self._checked_rows(self._own(index), capacity)
+            finally:
+                self._borrowed.forget()  # the check waits for the device
+
+    def _checked_rows(self, index: Array, capacity: int) -> Rows | None:
+        dtype = as_dtype(index.dtype)
+        if dtype.kind == "b" and index.shape == (capacity,):
+            return self.as_rows(self.flatnonzero(index))
+        if dtype.kind not in "iu" or 0 in index.shape:
+            return None
+        return self._check(index if self._is_contiguous(index) else self._copy(index), dtype, capacity)
 
     def _check(self, index: Array, dtype: np.dtype[Any], capacity: int) -> Rows:
         rows: Rows = self._empty(index.shape)
@@ -178,6 +188,11 @@ class CudaBackend(Backend):
         sent = None if ahead is None else self._send([ahead])  # to be held until the launch
         at = 0 if sent is None else sent.addresses[0]
         kernels.gather(table, base, self._of_launch(rows, None, at), self._stream())
+
+    def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
+        """Nothing, save that what an earlier write noted that was refused is not kept any longer."""
+        self._borrowed.forget()
+        return False
 
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
         """Write a leaf to the rows of each buffer; those that are NumPy arrays are sent in one copy."""

@@ -132,6 +132,7 @@ class CupyBackend(CudaBackend):
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
         """Write a whole batch that is on the host: checked and packed in one go, sent in one copy."""
+        super().scatter_as_is(buffers, rows, leaves)
         buffers, lead = self.together(buffers), leading_shape(rows)
         record, count = buffers.record, math.prod(lead)
         packed = record.packed(count)
@@ -167,7 +168,7 @@ class CupyBackend(CudaBackend):
         array = to_numpy(value).astype(dtype, copy=False)
         if array.nbytes <= _STAGED:
             return array
-        with self._device:  # and wait, since what is in pinned memory were read later
+        with self._device:  # and wait: what lies in pinned memory would else be read after `set` has returned
             return cupy.asarray(array, blocking=True)
 
     def from_numpy(self, array: NDArray[Any]) -> Array:

@@ -281,10 +281,11 @@ class JaxBackend(Backend):
     def _replace(self, cells: _Cells, rows: Rows, leaves: Sequence[Array]) -> None:
         """Have XLA make the arrays anew, in the memory of those that there are."""
         arrays, lent = cells.arrays(), cells.lent()
-        leaves = [_kept(leaf, lent) for leaf in leaves]
-        written: Iterator[list[jax.Array]]
         # On other devices XLA takes no array that somebody has a view of outside of JAX.
-        of_slice, of_rows = (_given_slice, _given_rows) if self._is_host or not lent else (_new_slice, _new_rows)
+        gives = self._is_host or not lent
+        leaves = [_kept(leaf, lent and gives) for leaf in leaves]
+        written: Iterator[list[jax.Array]]
+        of_slice, of_rows = (_given_slice, _given_rows) if gives else (_new_slice, _new_rows)
         if type(rows) is int:
             written = map(of_slice, (arrays,), (rows,), (leaves,), (1,))
         elif type(rows) is range and rows.step == 1:

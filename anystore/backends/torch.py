@@ -38,6 +38,8 @@ class TorchBackend(Backend):
 
     Notes
     -----
+    A write goes past autograd: that a live view or a buffer which a graph has kept is another now is not seen there.
+
     On a GPU everything runs on torch's current stream.
     """
 
@@ -97,7 +99,7 @@ class TorchBackend(Backend):
             return
         index, shape = self._index(rows)
         for buffer, tensor in zip(buffers, out):
-            if tensor.is_contiguous():
+            if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
                 flat = _bits(tensor.view((math.prod(shape), *buffer.shape[1:])))
                 torch.index_select(_bits(buffer), 0, index, out=flat)
             else:
@@ -158,8 +160,10 @@ class TorchBackend(Backend):
             return False
         if array.is_inference() and not torch.is_inference_mode_enabled():
             return False
-        overlaps = any(not stride and size > 1 for stride, size in zip(array.stride(), array.shape))
-        return array.device == self._device and not array.requires_grad and not overlaps
+        if array.device != self._device or array.requires_grad:
+            return False
+        strides = array.stride()
+        return 0 not in strides or all(stride or size < 2 for stride, size in zip(strides, array.shape))
 
     def here(self) -> AbstractContextManager[object]:
         if self._device.type != "cuda":
@@ -258,9 +262,7 @@ class TorchHostBackend(TorchBackend):
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
         if all(tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() for tensor in out):
             moves.gather_into(_arrays(buffers), rows, [_as_array(tensor) for tensor in out])
-            for tensor in out:  # so that autograd, if it has kept one of them, sees that it is another now
-                if not tensor.is_inference():
-                    torch.autograd.graph.increment_version(tensor)
+            torch.autograd.graph.increment_version(list(out))  # so that autograd, if it kept one, sees the change
             return
         for tensor, leaf in zip(out, self.gather(buffers, rows, copy=True)):
             tensor.copy_(leaf)

@@ -83,6 +83,10 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
             self._fill(buffers.record, rows, leaves)
         return leaves
 
+    def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
+        super().gather_into(buffers, rows, out)
+        torch.autograd.graph.increment_version(list(out))
+
     def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
         if on_gpu(value):
             return self.move(self._own(value), self.native_dtype(dtype))

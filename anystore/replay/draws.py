@@ -74,24 +74,24 @@ class Draws:
             places = xp.concat([places, more]) if places.shape[0] else more
             if usable is None and not sampler.distinct and self._books.inside(places, len(items)):
                 self.levels[kind] = 0
-                return self._some(places, count)
+                return self._some(places, count, places.shape[0])
             good = self._good(places, items, usable)
             found = self._books.count_nonzero(good)
             if found >= count:
                 self._settle(kind, count, found / places.shape[0])
-                return self._some(xp.take(places, self._books.flatnonzero(good)[:found], axis=0), count)
+                return xp.take(places, self._some(self._books.flatnonzero(good), count, found), axis=0)
             self.levels[kind] += 1
         self._refuse_strangers(places, items)
         return self._draw_exactly(count, items, usable)
 
-    def _some(self, places: Array, count: int) -> Array:
-        """So many of these places: not the first ones where a sampler of the user's own may have them in an order.
+    def _some(self, places: Array, count: int, found: int) -> Array:
+        """`count` of the first `found`: any of them where a sampler of the user's own may have drawn in some order.
 
-        Without replacement it is just these, the order of draws being what the chances of the later ones hang on.
+        Without replacement it is the first ones, the order of draws being what the chances of the later ones hang on.
         """
-        if self._is_inside or self._sampler.distinct or places.shape[0] == count:
+        if self._is_inside or self._sampler.distinct or found == count:
             return places[:count]
-        return self._books.xp.take(places, self._random.permutation(places.shape[0])[:count], axis=0)
+        return self._books.xp.take(places, self._random.permutation(found)[:count], axis=0)
 
     def _refuse_strangers(self, places: Array, items: range) -> None:
         """Refuse a sampler that finds nothing but places that are none, and does not say why that may be."""

@@ -199,7 +199,7 @@ class _Ahead:
 
     It holds no reference to the iterator, whose end it must not delay. What the threads share are two queues of the
     kind that may be put to anywhere, also while garbage is collected. That it was woken says nothing but that it is to
-    look again, so that an interrupt of who takes a batch can cost that batch, and no more.
+    look again, so that an interrupt of who takes a batch, once the thread runs, can cost that batch and no more.
     """
 
     def __init__(self, draw: Callable[[], Any], turns: Iterator[None], prefetch: int, backend: Any) -> None:

@@ -240,7 +240,7 @@ class Recorder:
             return
         if len(chosen) < len(self._running):
             if self._obs is None:
-                raise ValueError("no environment was reset so far; reset all of them first, without lanes=")
+                raise ValueError("it is not known where the environments are; reset all of them first, without lanes=")
             leaves = [
                 _with_rows(old, chosen, [new[lane, ...] for lane in chosen.tolist()])
                 for old, new in zip(self._obs, map(as_array, leaves))

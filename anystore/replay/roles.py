@@ -18,9 +18,9 @@ class Roles(NamedTuple):
     following : tuple of str
         The leaves of what comes after an item.
     mistaken : tuple of str
-        Leaves that are called as flags are, and are none, since they are not of bools.
+        Leaves named like flags whose dtype is not bool.
     overlooked : tuple of str
-        Leaves that are called as if they came after an item, and that nobody has named.
+        Leaves with "next" in their paths that nobody has said anything of.
     """
 
     reward: str | None
@@ -70,11 +70,11 @@ class Roles(NamedTuple):
         ValueError
             With the path of the leaf; it says for what by `what`.
         """
-        for path in self.mistaken:
-            found = nest.leaves[path].dtype
+        if self.mistaken:
+            path = self.mistaken[0]
             raise ValueError(
-                f"{path}: {what} need a leaf of bools, found one of {found}; make it one, or name the leaf that is: "
-                f'ReplayBuffer(..., {path}="path")'
+                f"{path}: {what} need a leaf of bools, found one of {nest.leaves[path].dtype}; make it one, name the "
+                f'leaf that is: ReplayBuffer(..., {path}="path"), or give what is no flag another name'
             )
 
     def check_n_step(self, nest: Nest) -> None:
@@ -92,7 +92,8 @@ class Roles(NamedTuple):
             raise ValueError(
                 'n-step returns need a bool leaf "terminated"; name it: ReplayBuffer(..., terminated="path")'
             )
-        for path in self.overlooked:
+        if self.overlooked:
+            path = self.overlooked[0]
             raise ValueError(
                 f"{path}: n-step returns need to know whether this is what comes after an item; name all parts that "
                 f"are: ReplayBuffer(..., following=[{path!r}]), or following=[] if there are none"
@@ -128,7 +129,7 @@ def _find(nest: Nest, path: str | None, default: str, dtype: str | None) -> str 
 
 
 def _mistaken(nest: Nest, path: str | None, default: str) -> tuple[str, ...]:
-    """The leaf that is called as a flag is and is none, where the user named no other."""
+    """The leaf that is named like a flag and is not of bools, where the user named no other."""
     spec = nest.leaves.get(default)
     return (default,) if path is None and spec is not None and spec.dtype != "bool" else ()
 

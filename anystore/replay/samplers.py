@@ -111,13 +111,6 @@ class Sampler(ABC):
     def clear(self) -> None:  # noqa: B027  # by default there is nothing to do
         """All items are gone."""
 
-    def _settings(self) -> dict[str, Any]:
-        """What another one is made with."""
-        return {}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._settings().items())})"
-
     def state(self, items: range) -> dict[str, Any]:
         """What `restore` takes: numbers, strings and NumPy arrays by name; `items` are there.
 
@@ -129,7 +122,18 @@ class Sampler(ABC):
         """Be as the sampler was that `state` is of; `items` are there, the newest of those that were there then."""
 
 
-class Uniform(Sampler):
+class _Ours(Sampler):
+    """One that comes with anystore, and can be made again of its settings."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What another one is made with."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._settings().items())})"
+
+
+class Uniform(_Ours):
     """Every item with the same chance.
 
     Parameters
@@ -151,7 +155,7 @@ class Uniform(Sampler):
         return self.random.integers(len(items), count)
 
 
-class Recent(Sampler):
+class Recent(_Ours):
     """Every one of the newest items with the same chance, and no other; of windows, of those that can begin one.
 
     Parameters
@@ -192,7 +196,7 @@ class Recent(Sampler):
         return xp.astype(places >= len(items) - self.newest, dtype)
 
 
-class Prioritized(Sampler):
+class Prioritized(_Ours):
     """Items with a chance in proportion to ``(priority + epsilon) ** alpha``; a new one has the highest there was.
 
     Parameters

@@ -39,8 +39,8 @@ class Counts:
     lanes : int
         How many lanes there are.
     behind : array of int, shape (size,), or None
-        How far behind each item the previous one of its lane is, or 0 or further than there are items where there
-        is none; None if that is not known.
+        How far behind each item the previous one of its lane is; where there is none, 0 or more than there are items
+        before it; None if that is not known.
     ends : array of bool, shape (size,), or None
         Whether an episode ends with each item; None if that is not known.
     rewards : array, shape (size, ...), or None

@@ -65,7 +65,8 @@ def load(
     like : Storage, ReplayBuffer or nest of specs, optional
         What items are expected to look like: leaves of the same paths, shapes and dtypes. The items come back in its
         containers. Without it, those of a class of the user's own (namedtuple, dataclass, attrs class) come back as
-        namedtuples of the same name and fields, since nothing that a file names is imported.
+        namedtuples of the same name and fields, and those derived from dict, list and tuple as these, since nothing
+        that a file names is imported.
     sampler : Sampler, optional
         For a replay buffer whose sampler is of a class of the user's own: a new one of that class, a copy of which then
         takes up the state, and with it the settings, of the one that was saved.

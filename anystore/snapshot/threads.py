@@ -75,9 +75,9 @@ class Threads:
         for _ in range(self._count):  # one for each that may run, whether it was counted or not
             self._tasks.put(None)
 
-    def submit(self, work: Callable[..., Result], *arguments: Any) -> Task[Result]:
-        """Have `work` done with these arguments."""
-        task = Task(lambda: work(*arguments))
+    def submit(self, work: Callable[[], Result]) -> Task[Result]:
+        """Have `work` done."""
+        task = Task(work)
         if self._started < self._count:
             self._start()
         self._tasks.put(task) if self._started else task.run()
