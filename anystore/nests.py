@@ -240,9 +240,6 @@ def _as_subclass(cls: Any) -> tuple[Any, Any, Any] | None:
     if optree.is_namedtuple_class(cls) or optree.is_structseq_class(cls):
         return None
 
-    def flatten_mapping(node: Any) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
-        return list(node.values()), tuple(node), tuple(node)
-
     def make(content: Any) -> Any:
         try:
             return cls(content)
@@ -251,6 +248,9 @@ def _as_subclass(cls: Any) -> tuple[Any, Any, Any] | None:
                 f"expected containers that are made of a {type(content).__name__}, as those that they derive from are, "
                 f"found a {cls.__name__}: {error}"
             ) from None
+
+    def flatten_mapping(node: Any) -> tuple[list[Any], tuple[Any, ...], tuple[Any, ...]]:
+        return list(node.values()), tuple(node), tuple(node)
 
     def unflatten_mapping(keys: Any, leaves: Iterable[Any]) -> Any:
         return make(dict(zip(keys, leaves)))

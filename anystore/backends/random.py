@@ -62,7 +62,7 @@ class Random(ABC):
         return self._integers(high, count)
 
     def uniform(self, count: int) -> Array:
-        """`count` numbers from [0, 1), which 1.0 is not one of.
+        """`count` floats drawn uniformly from [0, 1): never 1.0.
 
         Returns
         -------

@@ -162,8 +162,8 @@ class TorchBackend(Backend):
             return False
         if array.device != self._device or array.requires_grad:
             return False
-        strides = array.stride()
-        return 0 not in strides or all(stride or size < 2 for stride, size in zip(strides, array.shape))
+        strides = array.stride()  # with which numbers of an expanded tensor are one in memory
+        return 0 not in strides or 0 in array.shape or all(step or size < 2 for step, size in zip(strides, array.shape))
 
     def here(self) -> AbstractContextManager[object]:
         if self._device.type != "cuda":
