@@ -15,6 +15,7 @@ CONFTEST = Path(__file__).parent.parent / "conftest.py"
 @pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["one process", "several"])
 def test_what_was_left_out_is_named(tmp_path, processes):
     shutil.copy(CONFTEST, tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # so that this is the root, wherever it is
     (tmp_path / "test_it.py").write_text(
         "class TestLeftOut:\n    obstacle = 'the tide'\n\n    def test(self): ...\n\n\ndef test(): ...\n"
     )
