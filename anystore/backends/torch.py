@@ -88,9 +88,7 @@ class TorchBackend(Backend):
             views = _views(buffers, rows)
             return [view.clone() for view in views] if copy else views
         flat, shape = self._index(rows)
-        return [
-            _bits(buffer).index_select(0, flat).view(buffer.dtype).view(shape + buffer.shape[1:]) for buffer in buffers
-        ]
+        return [_selected(buffer, flat).view(shape + buffer.shape[1:]) for buffer in buffers]
 
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
         if self.views(rows):
@@ -99,11 +97,11 @@ class TorchBackend(Backend):
             return
         index, shape = self._index(rows)
         for buffer, tensor in zip(buffers, out):
-            if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            if is_its_memory(tensor):
                 flat = _bits(tensor.view((math.prod(shape), *buffer.shape[1:])))
                 torch.index_select(_bits(buffer), 0, index, out=flat)
             else:
-                tensor.copy_(_bits(buffer).index_select(0, index).view(buffer.dtype).view(tensor.shape))
+                tensor.copy_(_selected(buffer, index).view(tensor.shape))
 
     @torch.no_grad()
     def scatter(self, buffers: Sequence[torch.Tensor], rows: Rows, leaves: Sequence[Array]) -> None:
@@ -189,9 +187,19 @@ class TorchBackend(Backend):
         return torch.from_numpy(array.reshape(-1)).to(self._device), array.shape
 
 
+def is_its_memory(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor holds its very numbers, in C order and with nothing in between."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers: indexing knows neither the wider unsigned ones nor float8."""
     return tensor.view(_BITS.get(tensor.itemsize, tensor.dtype))
+
+
+def _selected(buffer: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows of a buffer at a flat index, of whatever dtype."""
+    return _bits(buffer).index_select(0, index).view(buffer.dtype)
 
 
 def _is_plain(array: NDArray[Any]) -> bool:
@@ -260,7 +268,7 @@ class TorchHostBackend(TorchBackend):
         return [_as_tensor(leaf, buffer.dtype) for leaf, buffer in zip(leaves, buffers)]
 
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
-        if all(tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() for tensor in out):
+        if all(map(is_its_memory, out)):
             moves.gather_into(_arrays(buffers), rows, [_as_array(tensor) for tensor in out])
             torch.autograd.graph.increment_version(list(out))  # so that autograd, if it kept one, sees the change
             return

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from anystore import kernels
 from anystore.backends.base import Array
 from anystore.backends.cuda import Borrowed, CudaBackend
-from anystore.backends.torch import TorchBackend
+from anystore.backends.torch import TorchBackend, is_its_memory
 from anystore.convert import on_gpu, to_numpy
 from anystore.leaf_table import pack
 from anystore.moves import leading_shape
@@ -52,7 +52,7 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
         return event.query  # type: ignore[no-any-return]
 
     def _is_contiguous(self, array: torch.Tensor) -> bool:
-        return array.is_contiguous() and not array.is_conj() and not array.is_neg()
+        return is_its_memory(array)
 
     def _copy(self, array: torch.Tensor) -> torch.Tensor:
         return array.clone(memory_format=torch.contiguous_format)

@@ -219,11 +219,10 @@ class ReplayBuffer:
     def _laid_out(self, shared: dict[str, str], stacks: dict[str, int], casting: Casting) -> Plain:
         """The storages of the items, and how they are in them."""
         options: dict[str, Any] = {"backend": self._backend, "casting": casting}
-        flags = self._roles.terminated, self._roles.truncated
         if shared or stacks:
-            return Shared(self._nest, self._ring, self._lanes, shared, stacks, *flags, options)
+            return Shared(self._nest, self._ring, self._lanes, shared, stacks, self._roles, options)
         storage = Storage(self._nest.data_spec, self._ring.capacity, **options)
-        return Plain(storage, self._ring, self._lanes, *flags)
+        return Plain(storage, self._ring, self._lanes, self._roles)
 
     def _opened(self, sampler: Sampler) -> Sampler:
         """The sampler, ready for this buffer."""

@@ -303,10 +303,7 @@ class Recorder:
     def _checked(self, obs: Any, part: str, lead: tuple[int, ...], source: str = "") -> list[Any]:
         """The leaves of an observation, if they have their shapes, with `lead` in front."""
         leaves = self._nest_of_obs.flatten(obs)
-        for path, leaf, spec in zip(self._nest_of_obs.paths, leaves, self._nest_of_obs.specs):
-            if shape_of(leaf) != lead + spec.shape:
-                where = label(f"{part}/{path}" if path else part)
-                raise ValueError(f"{where}: expected shape {lead + spec.shape}{source}, found {shape_of(leaf)}")
+        _check_shapes(self._nest_of_obs, leaves, lead, part, source)
         return leaves
 
     def _flags(self, name: str, flags: Any) -> NDArray[np.bool_]:
@@ -374,12 +371,7 @@ class Recorder:
             if live.size:
                 self.buffer.add(self._nest.pack(leaves))
             return
-        for path, leaf, spec in zip(self._nest.paths, leaves, self._nest.specs):
-            if shape_of(leaf) != self._lead + spec.shape:
-                raise ValueError(
-                    f"{label(path)}: expected shape {self._lead + spec.shape}, {self._lead[0]} environments in front, "
-                    f"found {shape_of(leaf)}"
-                )
+        _check_shapes(self._nest, leaves, self._lead, what=f", {self._lead[0]} environments in front")
         if live is self._all:
             self.buffer.extend(self._nest.pack(leaves))
         elif live.size:
@@ -400,6 +392,14 @@ class Recorder:
             self.lengths.append(int(self._length[lane]))
             self._return[lane], self._length[lane] = 0.0, 0
             self._running[lane] = self.autoreset == "same_step"
+
+
+def _check_shapes(nest: Nest, leaves: list[Any], lead: tuple[int, ...], part: str = "", what: str = "") -> None:
+    """Refuse a leaf that has not its shape, with `lead` in front; `part` is where the nest is in the spec."""
+    for path, leaf, spec in zip(nest.paths, leaves, nest.specs):
+        if shape_of(leaf) != lead + spec.shape:
+            where = label("/".join(filter(None, (part, path))))
+            raise ValueError(f"{where}: expected shape {lead + spec.shape}{what}, found {shape_of(leaf)}")
 
 
 # How environments are reset ------------------------------------------------------------------------------------------

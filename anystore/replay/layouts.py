@@ -18,6 +18,7 @@ from anystore.convert import to_numpy
 from anystore.nests import map_leaves
 from anystore.replay.lanes import Lanes
 from anystore.replay.ring import Ring
+from anystore.replay.roles import Roles
 from anystore.storage import Storage
 
 
@@ -30,23 +31,21 @@ class Plain:
         For the items.
     ring, lanes
         Which rows are whose, and which item follows which.
-    terminated, truncated : str or None
-        The paths of the bool leaves that say that an episode ends with an item, or is broken off after it.
+    roles : Roles
+        Which leaves say that an episode ends with an item, or is broken off after it.
     """
 
     margin = 0
     """How many items of each lane, at the old end of the ring, may be unreadable."""
 
-    def __init__(
-        self, storage: Storage, ring: Ring, lanes: Lanes, terminated: str | None, truncated: str | None
-    ) -> None:
+    def __init__(self, storage: Storage, ring: Ring, lanes: Lanes, roles: Roles) -> None:
         self.storages = {"items": storage}
         self._ring = ring
         self._lanes = lanes
         self._select = functools.cache(functools.partial(_selection, self.storages))
-        self._flags = [path for path in (terminated, truncated) if path is not None]
+        self._flags = roles.flags
         self._ends = storage.select(*self._flags) if self._flags else None
-        self._truncated = None if truncated is None else storage.select(truncated)
+        self._truncated = None if roles.truncated is None else storage.select(roles.truncated)
 
     @property
     def knows_ends(self) -> bool:

@@ -26,6 +26,7 @@ from anystore.nests import Nest, label
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain, write_run
 from anystore.replay.ring import Ring
+from anystore.replay.roles import Roles
 from anystore.rows import KnownRows
 from anystore.specs import ArraySpec
 from anystore.storage import Storage
@@ -91,8 +92,8 @@ class Shared(Plain):
         From the path of a part to that of the part that it is in the next item.
     stacks : mapping
         From the path of a leaf to the axis of its stack.
-    terminated, truncated : str or None
-        The paths of the bool leaves that say that an episode ends with an item, or is broken off after it.
+    roles : Roles
+        Which leaves say that an episode ends with an item, or is broken off after it.
     options : dict
         Those of the storages.
     """
@@ -104,8 +105,7 @@ class Shared(Plain):
         lanes: Lanes,
         shared: Mapping[str, str],
         stacks: Mapping[str, int],
-        terminated: str | None,
-        truncated: str | None,
+        roles: Roles,
         options: dict[str, Any],
     ) -> None:
         self._nest = nest
@@ -120,7 +120,7 @@ class Shared(Plain):
         frames = {each.path: each.frame for each in self._observations}
         self._not_stored = {each.after for each in self._observations} - {None}
         stored = {path: frames.get(path, spec) for path, spec in nest.leaves.items() if path not in self._not_stored}
-        super().__init__(Storage(stored, ring.capacity, **options), ring, lanes, terminated, truncated)
+        super().__init__(Storage(stored, ring.capacity, **options), ring, lanes, roles)
         self._records = 2 * lanes.count
         self.storages["records"] = Storage(frames, self._records * self._depth, **options)
         # To convert whole items before they are taken apart; it holds nothing.
