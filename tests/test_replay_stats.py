@@ -95,6 +95,14 @@ class TestEpisodes:
         ends = np.concatenate([np.arange(length) == length - 1 for length in lengths])
         assert episodes(ends, np.ones(len(ends))) == (130, 7.0, 7.0)
 
+    def test_long_episodes_beside_short_ones(self):
+        ends = np.zeros((300_000, 3), bool)
+        ends[-1, 0] = ends[-2, 1] = ends[9::10, 2] = True
+        ends, mean = ends.ravel(), (300_000 + 299_999 + 98 * 10) / 100
+        assert episodes(ends, np.ones(len(ends)), lanes=3) == (30_002, mean, mean)
+        # Without the very first item, any of the lanes may have lost the beginning of its first episode.
+        assert episodes(ends[1:], np.ones(len(ends) - 1), lanes=3, first=1) == (30_002, 10.0, 10.0)
+
     def test_small_rewards_do_not_get_lost(self):
         rewards = np.full(30_000, 0.1, np.float16)
         assert episodes([*[0] * 29_999, 1], rewards)[2] == pytest.approx(30_000 * float(rewards[0]))

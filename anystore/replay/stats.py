@@ -204,39 +204,53 @@ def _episodes(counts: Counts) -> tuple[int | None, float | None, float | None]:
     if counts.ends is None:
         return None, None, None
     last = np.flatnonzero(counts.ends)
-    if counts.behind is None:
+    if counts.behind is None or last.size == 0:
         return len(last), None, None
     # In each lane the oldest may not be there from its first item on.
-    length, sums, whole = _walked(counts, counts.behind, last[-(_NEWEST + counts.lanes) :])
+    wanted = last[-(_NEWEST + counts.lanes) :]
+    length, sums, whole = _measured(counts, counts.behind, counts.ends, wanted)
     newest = np.flatnonzero(whole)[-_NEWEST:]
     if newest.size == 0:
         return len(last), None, None
     return len(last), float(length[newest].mean()), None if sums is None else float(sums[newest].mean())
 
 
-def _walked(
-    counts: Counts, behind: NDArray[Any], last: NDArray[np.intp]
+def _measured(
+    counts: Counts, behind: NDArray[Any], ends: NDArray[np.bool_], last: NDArray[np.intp]
 ) -> tuple[NDArray[np.intp], NDArray[np.float64] | None, NDArray[np.bool_]]:
     """Of the episodes that end with these items: how many items and what sum of rewards each has.
 
     And whether it is there from its first item on.
     """
-    assert counts.ends is not None
-    rewards = counts.rewards if counts.rewards is not None and counts.rewards.ndim == 1 else None
-    sums = None if rewards is None else rewards[last].astype(np.float64)
-    length, whole = np.ones(len(last), np.intp), np.zeros(len(last), bool)
-    going_on, places = np.arange(len(last)), last
-    while going_on.size:
-        before = places - behind[places]
-        there = (before < places) & (before >= 0)
-        before = np.where(there, before, places)
-        whole[going_on] = np.where(there, counts.ends[before], not counts.overwrote)
-        there &= ~counts.ends[before]
-        going_on, places = going_on[there], before[there]
-        length[going_on] += 1
-        if rewards is not None and sums is not None:
-            sums[going_on] += rewards[places].astype(np.float64)
-    return length, sums, whole
+    start, further_back = int(last[0]), True
+    while further_back:
+        start = max(0, start - (len(ends) - start))  # twice as many items, until all beginnings are among them
+        first = _first_items(behind, ends, start)
+        opening = start + first[last - start]
+        before = opening - behind[opening]
+        further_back = bool(((before >= 0) & (before < start)).any())
+    whole = ((before >= 0) & (before < opening)) | np.bool_(not counts.overwrote)
+    length = np.bincount(first)[opening - start]
+    if counts.rewards is None or counts.rewards.ndim != 1:
+        return length, None, whole
+    sums = np.bincount(first, counts.rewards[start:].astype(np.float64))[opening - start]
+    return length, sums.astype(np.float64, copy=False), whole
+
+
+def _first_items(behind: NDArray[Any], ends: NDArray[np.bool_], start: int) -> NDArray[np.intp]:
+    """Where the episode of each item from `start` on begins, as far as it is among them; counted from `start`.
+
+    Every item looks at the one before it, then at what that one looks at, and so on: the steps double (pointer jumping,
+    Wyllie 1979), so that an episode of a million items takes twenty.
+    """
+    items = np.arange(start, len(ends))
+    before = items - behind[start:]
+    goes_on = (before >= start) & (before < items)
+    goes_on[goes_on] = ~ends[before[goes_on]]
+    first = np.where(goes_on, before, items) - start
+    while not np.array_equal(first, further := first[first]):
+        first = further
+    return first
 
 
 def _as_bytes(count: float) -> str:
