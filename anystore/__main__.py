@@ -18,8 +18,8 @@ import anystore
 from anystore import ArraySpec, BackendInfo, Storage, available_backends, plan
 from anystore.convert import to_numpy
 from anystore.nests import label
-from anystore.plan import as_count
 from anystore.snapshot.report import as_text, report
+from anystore.specs import as_count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

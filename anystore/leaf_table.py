@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,8 @@ class RowsOfLaunch:
         return cls(rows.size, inside=rows.tobytes() + (b"" if order is None else order.tobytes()))
 
 
-class LeafTable(NamedTuple):
+@dataclass(slots=True)
+class LeafTable:
     """The leaf table of each launch: one, unless it is too long for one; none, if there is nothing to move."""
 
     entries: list[bytes]

@@ -8,6 +8,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ class Mapped:
         for path, file in leaves.items():
             spec = entry.leaves[path]
             lead = header((entry.capacity, *spec.shape), stored_dtype(spec.dtype))
-            fd = files.create(self.directory / file.file)
+            fd = files.create(self.directory / file.name)
             try:
                 files.write(fd, lead)
                 files.truncate(fd, len(lead) + entry.capacity * spec.nbytes)
@@ -123,7 +124,7 @@ class Mapped:
             finally:
                 files.close(fd)
         layer = Layer(entry.capacity, 0, None, leaves)
-        whole = StorageEntry(entry.capacity, entry.casting, entry.spec, entry.capacity, (layer,))
+        whole = replace(entry, rows=entry.capacity, layers=(layer,))
         return Manifest(uuid.uuid4().hex, version, "mapped", {ITEMS: whole}, {}, {})
 
     def _expected(self, entry: StorageEntry) -> Manifest:
@@ -142,7 +143,7 @@ class Mapped:
         """The memory of the files, and the buffers on it."""
         entry, inodes = manifest.storages[ITEMS], dict[Path, tuple[int, int]]()
         (layer,) = entry.layers
-        leaves = [(layer.leaves[path].file, entry.leaves[path]) for path in self._nest.paths]
+        leaves = [(layer.leaves[path].name, entry.leaves[path]) for path in self._nest.paths]
         found = [
             NpyFile(self.directory / name, (entry.capacity, *spec.shape), spec.dtype, None) for name, spec in leaves
         ]
@@ -234,12 +235,15 @@ class Mapped:
 
     def _follow(self, new: _Opened) -> None:
         """Go on with these files, if they are those of the storage by now."""
+
+        def follow() -> None:
+            if mapped_manifest(self.directory).id == new.id:
+                self._opened = new
+
         try:
-            self._opened = new if mapped_manifest(self.directory).id == new.id else self._opened
-        except (
-            BaseException
-        ):  # an interrupt, after which nothing may be written to files that are gone; once more, then
-            self._opened = new if mapped_manifest(self.directory).id == new.id else self._opened
+            follow()
+        except BaseException:  # an interrupt, after which nothing may be written to files that are gone
+            follow()
             raise
 
 

@@ -226,7 +226,12 @@ def _as_fields(cls: type) -> tuple[Any, Any, Any] | None:
         return [getattr(node, name) for name in names], None, names
 
     def unflatten(_: Any, leaves: Iterable[Any]) -> Any:
-        return cls(**dict(zip(keywords, leaves)))
+        try:
+            return cls(**dict(zip(keywords, leaves)))
+        except TypeError as error:
+            raise ValueError(
+                f"expected containers that are made of their fields, found a {cls.__name__}: {error}"
+            ) from None
 
     return flatten, unflatten, optree.GetAttrEntry
 

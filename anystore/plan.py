@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from anystore.nests import Nest, label
-from anystore.specs import ArraySpec
+from anystore.specs import ArraySpec, as_count
 
 
 @dataclass(frozen=True)
@@ -66,20 +63,3 @@ def plan(data_spec: Any, capacity: int) -> Plan:
       total                         2,822,800,000 bytes
     """
     return Plan(as_count("capacity", capacity), Nest(data_spec).leaves)
-
-
-def as_count(name: str, count: Any, least: int = 1) -> int:
-    """A count as a user gave it, as an int.
-
-    Raises
-    ------
-    ValueError
-        If it is no integer of `least` or more; it says of what by `name`.
-    """
-    try:
-        number = least - 1 if isinstance(count, (bool, np.bool_)) else operator.index(count)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"expected {name} to be an int of {least} or more, found {count!r:.80}")
-    return number

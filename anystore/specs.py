@@ -167,6 +167,23 @@ def limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
 
 
+def as_count(name: str, count: Any, least: int = 1) -> int:
+    """A count as a user gave it, as an int.
+
+    Raises
+    ------
+    ValueError
+        If it is no integer of `least` or more; it says of what by `name`.
+    """
+    try:
+        number = least - 1 if isinstance(count, (bool, np.bool_)) else operator.index(count)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"expected {name} to be an int of {least} or more, found {count!r:.80}")
+    return number
+
+
 def _dtype_name(dtype: np.dtype[Any]) -> Any:
     """What `ArraySpec` makes this dtype of: a name, or the fields of a structured one."""
     if dtype.names is not None:
@@ -249,6 +266,8 @@ def _storable(spec: ArraySpec) -> ArraySpec:
 
 
 def _advice(spec: Any) -> str:
+    if type(spec).__module__.partition(".")[0] == "gymnasium":
+        return "; a space whose elements have no fixed shape is to be encoded, or left out, by a wrapper"
     if hasattr(spec, "shape") and hasattr(spec, "dtype"):
         return "; for the spec of an array: ArraySpec.from_array(array), or Storage.like(item, capacity)"
     return ""

@@ -15,8 +15,9 @@ from anystore.backends import Backend, select_backend
 from anystore.convert import to_numpy
 from anystore.moves import leading_shape
 from anystore.nests import Nest, example_spec, label
-from anystore.plan import Plan, as_count
+from anystore.plan import Plan
 from anystore.rows import Rows, find_rows
+from anystore.specs import as_count
 from anystore.values import CASTINGS, Casting, admit
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Storage:
         if casting not in CASTINGS:
             raise ValueError(f"expected a casting among {', '.join(CASTINGS)}, found {casting!r}")
         if directory is None and mode != "r+":
-            raise ValueError(f"expected mode={mode!r} for memory-mapped files only; give a directory= as well")
+            raise ValueError(f"mode= is for memory-mapped files, found {mode!r} without directory=")
         self._attach(data_spec, as_count("capacity", capacity), select_backend(backend, device), casting)
         self._buffers = self._allocate(self._capacity) if directory is None else self._map(directory, mode)
 
@@ -155,9 +156,8 @@ class Storage:
         manifest = mapped_manifest(directory)
         while True:
             entry = manifest.storages[ITEMS]
-            options: Any = {"casting": entry.casting, "directory": directory, "mode": mode}
             try:
-                return cls(entry.nest.data_spec, entry.capacity, **options)
+                return cls(entry.nest.data_spec, entry.capacity, casting=entry.casting, directory=directory, mode=mode)
             except SnapshotError:
                 before, manifest = manifest.id, mapped_manifest(directory)
                 if manifest.id == before:  # and else another has resized it meanwhile
@@ -248,9 +248,10 @@ class Storage:
         if out is not None:
             return self._get_into(rows, out, copy)
         if copy is not True:
-            if copy is False and not self._backend.views(rows):
+            has_views = self._backend.views(rows)
+            if copy is False and not has_views:
                 raise ValueError(f"{_no_view(self._backend, rows)}; pass copy=None or copy=True")
-            if self._backend.views(rows):
+            if has_views:
                 self._lent.ever = True
         return self._nest.pack(self._backend.gather(self._buffers, rows, copy))
 

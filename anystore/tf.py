@@ -1,6 +1,6 @@
 """The storage as a ``tf.Module`` that TensorFlow checkpoints: the place of TF-Agents' NumpyStorage and NumpyState.
 
-This is the only file that imports TensorFlow.
+Importing anystore does not import this file, which imports TensorFlow at once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from anystore.backends.base import Array, Buffer
 from anystore.backends.numpy import NumpyBackend
 from anystore.convert import is_array, library_of, to_numpy
 from anystore.nests import Nest, label
-from anystore.plan import as_count
 from anystore.rows import Rows
-from anystore.specs import ArraySpec
+from anystore.specs import ArraySpec, as_count
 from anystore.storage import Storage
 
 _CHUNK = 2**24
@@ -336,8 +335,8 @@ class _Storage(Storage):
             np.save(stream, to_numpy(existing[position]))
             return
         for rows in self._chunks(spec):
-            (chunk,) = self._backend.gather([existing[position]], rows, None)
-            stream.write(np.ascontiguousarray(to_numpy(chunk)).reshape(-1).view(np.uint8).data)
+            chunk = np.ascontiguousarray(self._backend.to_host(existing[position], rows))
+            stream.write(chunk.reshape(-1).view(np.uint8).data)
 
     def restore_buffer(self, position: int, content: bytes) -> None:
         """Bring the buffer of a leaf to what was saved of it, a ``.npy`` file.

@@ -196,6 +196,19 @@ class StorageContract:
             for leaf in leaves(store.get(index)):
                 assert select_backend(leaf) is given_out_by(store.backend)
 
+    @pytest.mark.parametrize(
+        "rows",
+        [3, range(2, 7), range(10), range(4, 4), range(8, 2, -2), np.array([4, 0, 9]), np.zeros(0, int)],
+        ids=str,
+    )
+    def test_brings_rows_to_main_memory(self, store: Storage, rows: Any) -> None:
+        """As snapshots and stats read them."""
+        found = [store.backend.to_host(buffer, rows) for buffer in store._buffers]
+        for leaf in found:
+            assert type(leaf) is np.ndarray
+        for leaf, expected in zip(found, leaves(batch(rows)), strict=True):
+            np.testing.assert_array_equal(leaf, expected, strict=True)
+
     # Writing ------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)

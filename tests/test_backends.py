@@ -619,6 +619,25 @@ class TestJax:
         printed = subprocess.check_output([sys.executable, "-c", program], text=True)
         assert printed == "[[0, 1, 2, 7], [0, 1, 2, 7]]\n"
 
+    @pytest.mark.parametrize("is_host", [True, False], ids=["in main memory", "as on another device"])
+    def test_what_stats_and_saves_read_is_of_few_lengths(self, is_host, monkeypatch):
+        """JAX compiles for each of them, and the head of a ring moves."""
+        pytest.importorskip("jax")
+        buffer = ReplayBuffer(ArraySpec((), "float32"), 64, reward="", backend="jax", device="cpu")
+        gather, lengths = type(buffer.backend).gather, set()
+
+        def counted(self, cells, rows, copy):
+            lengths.add(len(rows))
+            return gather(self, cells, rows, copy)
+
+        monkeypatch.setattr(buffer.backend, "_is_host", is_host)
+        monkeypatch.setattr(type(buffer.backend), "gather", counted)
+        rewards = np.arange(200, dtype=np.float32)
+        for stop in range(1, 201):
+            buffer.extend(rewards[stop - 1 : stop])
+            assert buffer._counts().rewards.tolist() == rewards[max(stop - 64, 0) : stop].tolist()
+        assert lengths == (set() if is_host else {1, 2, 4, 8, 16, 32, 64})
+
     def test_takes_another_array_on_the_memory_of_a_buffer(self, store):
         """JAX, which is told that a write may reuse this memory, fails if the write reads it as well."""
         import jax

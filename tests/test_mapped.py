@@ -92,7 +92,7 @@ class TestFiles:
 
     def test_readers_see_what_the_writer_writes(self, path):
         store = Storage(SPEC, 10, directory=path)
-        with pytest.raises(ValueError, match="^expected mode='r' for memory-mapped files only; give a directory="):
+        with pytest.raises(ValueError, match="^mode= is for memory-mapped files, found 'r' without directory="):
             Storage(SPEC, 10, mode="r")
         reader = Storage(SPEC, 10, directory=path, mode="r")
         view = reader.get(slice(2, 4), copy=False)

@@ -210,6 +210,15 @@ class TestPaths:
         part.set(1, Observed(np.ones(2, np.float32)))
         assert store.select("now/obs").get(1).tolist() == [1, 1]
 
+    def test_classes_that_are_not_made_of_their_fields(self):
+        @dataclasses.dataclass
+        class Scaled:
+            obs: Any
+            scale: dataclasses.InitVar[float]
+
+        with pytest.raises(ValueError, match="containers that are made of their fields, found a Scaled: .*'scale'"):
+            Storage(Scaled(Y, 2.0), 4)
+
     def test_of_several_with_their_keys(self):
         store = Storage({"a": {"b": X, "c": Y}, "d": X}, 4)
         assert store.select("a/c", "d").data_spec == {"a/c": Y, "d": X}

@@ -397,6 +397,21 @@ class TestHandOver:
         with pytest.raises(ValueError, match="^items/x: torch cannot share the memory of this array: it has negative"):
             next(Batches(buffer, 4, to="torch", copy=False))
 
+    @pytest.mark.parametrize("library", ["numpy", "torch", "jax"])
+    def test_of_a_single_sample(self, library):
+        pytest.importorskip(library)
+        buffer = filled("numpy")
+        sample = buffer.sample(4, num_steps=2, to=library)
+        assert library_of(sample.items["obs"]["image"]) == library
+        assert type(sample.rows) is np.ndarray
+
+    def test_of_a_single_sample_refused_before_it_is_drawn(self):
+        buffer = filled("numpy")
+        for how, error in (({"to": "pandas"}, "pandas"), ({"device": "cpu"}, "expected to= with device='cpu'")):
+            with pytest.raises(ValueError, match=error):
+                buffer.sample(4, **how)
+        assert buffer.stats().total_sampled == 0
+
     def test_samples_of_other_kinds(self):
         buffer = Numbers()
         buffer.sample = lambda size: {"x": np.arange(size)}

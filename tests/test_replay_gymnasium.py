@@ -903,6 +903,47 @@ def test_what_is_no_environment_of_gymnasium_s():
         ValueError, match="^expected an environment with single_observation_space .* found a VecEnv with"
     ):
         transition_spec(VecEnv())
+    with pytest.raises(ValueError, match="^expected an environment with single_observation_space .* found a VecEnv"):
+        Recorder(ReplayBuffer(ArraySpec((), "float32"), 9, lanes=3), VecEnv())
+
+
+def test_a_space_without_a_fixed_shape_is_refused_by_the_path_of_the_user_s():
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Talking:
+        observation_space = gymnasium.spaces.Dict({"said": gymnasium.spaces.Text(4)})
+        action_space = gymnasium.spaces.Discrete(2)
+
+    with pytest.raises(
+        ValueError, match="^obs/said: expected an ArraySpec, found Text: .*; a space .* is to be encoded"
+    ):
+        transition_spec(Talking())
+
+
+@needs_modes
+@pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
+def test_tells_which_items_are_the_first_of_their_episodes(mode):
+    env = vectorized(mode)
+    buffer = ReplayBuffer({**transition_spec(env), "is_first": ArraySpec((), "bool")}, 300, lanes=LANES)
+    recorder = Recorder(buffer, env)
+    recorder.reset(*env.reset(seed=0))
+    over = np.zeros(LANES, bool)
+    for _ in range(60):
+        if mode == "disabled" and over.any():
+            obs, info = env.reset(options={"reset_mask": over})
+            recorder.reset(obs, info, lanes=over)
+        assert recorder.is_first.shape == (LANES,)
+        action = env.action_space.sample()
+        stepped = env.step(action)
+        recorder.step(action, *stepped, is_first=recorder.is_first)
+        over = stepped[2] | stepped[3]
+    # In every lane an episode begins with the first item, and behind every end.
+    assert recorder.episodes > LANES
+    (windows,) = buffer.one_pass(1000, num_steps=2)
+    ended, first = windows.items["terminated"] | windows.items["truncated"], windows.items["is_first"]
+    assert (first[:, 1] == ended[:, 0]).all()
+    assert first.sum() > LANES
+    assert buffer.storage.get(slice(LANES))["is_first"].all()
 
 
 @needs_modes

@@ -307,10 +307,15 @@ class SamplersContract:
         buffer.extend(items(6, 7))
         assert_distributed(self.counts(buffer, 400), [2**0.6, 0, 0, 2**0.6])
 
+    def test_a_sample_in_place_of_its_rows(self) -> None:
+        buffer = self.make(8, 8, sampler=Prioritized())
+        with pytest.raises(TypeError, match=r"^expected rows as in Sample.rows, found the sample itself$"):
+            buffer.update_priorities(buffer.sample(4), np.ones(4))
+
     def test_nothing_but_priority_0_among_windows(self) -> None:
         buffer = self.make(8, 8, ends=[0, 1, 4, 5, 6, 7], sampler=Prioritized(epsilon=0))
         buffer.update_priorities([2, 3], [0.0, 0.0])
-        with pytest.raises(ValueError, match="such a window; add more, or have Prioritized draw from more$"):
+        with pytest.raises(ValueError, match="fewer steps, add more, or have Prioritized draw from more$"):
             buffer.sample(2, num_steps=2, at_end="whole")
 
     @pytest.mark.parametrize("scale", ["huge", "tiny"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -51,6 +51,52 @@ def stacked(first: int, last: int, depth: int = 3) -> dict[str, Any]:
 
 STACKED = {"obs": ArraySpec((3,), "float32"), "next_obs": ArraySpec((3,), "float32"), "terminated": FLAG}
 STACKED_LAYOUT: dict[str, Any] = {"shared": {"next_obs": "obs"}, "stacks": {"obs": 0}}
+
+
+class TestWarnings:
+    """Of observations that do not go on from one another, where most do not."""
+
+    SPEC: ClassVar[dict[str, Any]] = {"obs": NUMBER, "next_obs": NUMBER, "terminated": FLAG}
+
+    @staticmethod
+    def steps(lanes: int, count: int, length: int = 1000) -> dict[str, Any]:
+        """Steps before lanes; episodes of so many steps."""
+        step = np.arange(count)[:, None] + 1000 * np.arange(lanes)
+        obs = (step + np.arange(count)[:, None] // length * 10).astype(np.float32)
+        ends = np.broadcast_to(np.arange(count)[:, None] % length == length - 1, obs.shape)
+        return {"obs": obs.ravel(), "next_obs": obs.ravel() + 1, "terminated": ends.ravel().copy()}
+
+    def buffer(self, lanes: int = 1) -> ReplayBuffer:
+        return ReplayBuffer(self.SPEC, 1000, lanes=lanes, shared={"next_obs": "obs"})
+
+    def test_several_environments_in_one_lane(self):
+        batch = self.steps(4, 200)
+        buffer = self.buffer()
+
+        def step_by_step() -> None:
+            for start in range(0, 800, 4):
+                buffer.extend({path: leaf[start : start + 4] for path, leaf in batch.items()})
+
+        with pytest.warns(RuntimeWarning, match="most items do not begin with what followed.*lanes=") as found:
+            step_by_step()
+        assert len(found) == 1
+        with pytest.warns(RuntimeWarning, match="lanes="):
+            self.buffer().extend(batch)
+
+    def test_lanes_before_steps(self):
+        batch = {path: leaf.reshape(200, 4).T.ravel() for path, leaf in self.steps(4, 200).items()}
+        with pytest.warns(RuntimeWarning, match="steps before lanes"):
+            self.buffer(lanes=4).extend(batch)
+
+    def test_nothing_where_episodes_end_or_most_go_on(self):
+        self.buffer(lanes=4).extend(self.steps(4, 200))
+        self.buffer().extend(self.steps(1, 900, length=1))  # each the end of an episode
+        few = self.steps(1, 900, length=3)
+        self.buffer().extend({**few, "terminated": np.zeros(900, bool)})  # a third of them begin another, unsaid
+        buffer = self.buffer()
+        for start in range(0, 900, 3):
+            buffer.extend({path: leaf[start : start + 3] for path, leaf in few.items()})
+            buffer.end_episode()
 
 
 class SharedContract:

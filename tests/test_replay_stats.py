@@ -226,7 +226,7 @@ class Buffer:
     def __init__(self, *taken: Counts) -> None:
         self.taken = list(taken)
 
-    def counts(self) -> Counts:
+    def _counts(self) -> Counts:
         return self.taken.pop(0) if len(self.taken) > 1 else self.taken[0]
 
 

@@ -769,9 +769,18 @@ class TestSaving:
             filled().save(path)
         assert len(list(path.glob("*.npy"))) == 5
 
-    def test_refuses_a_path_whose_parent_is_not_there(self, path):
-        with pytest.raises(FileNotFoundError):
+    def test_makes_the_directories_above(self, path, monkeypatch):
+        synced = []
+        monkeypatch.setattr(files, "sync_directory", lambda directory: synced.append(directory))
+        filled().save(path / "far" / "below")
+        assert synced[:3] == [path.parent, path, path / "far"]
+        assert_same(load(path / "far" / "below", like=SPEC).get(...), batch(np.arange(CAPACITY)))
+
+    def test_refuses_a_path_below_a_file(self, path):
+        path.write_text("mine")
+        with pytest.raises(NotADirectoryError):
             filled().save(path / "below")
+        assert path.read_text() == "mine"
 
     def test_refuses_a_state_that_is_no_json(self, path):
         for state in ({"x": np.zeros(3)}, {"x": float("nan")}):

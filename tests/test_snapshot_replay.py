@@ -356,12 +356,20 @@ def test_a_mistake_in_a_sampler_of_the_users_own_is_none_of_the_snapshot(path, m
     assert found.traceback[-1].name == "mistaken"
 
 
-def test_priorities_come_back_whatever_the_settings_of_the_new_sampler(path):
-    buffer, _ = started("numpy", SAMPLERS["prioritized"], {})
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [(lambda: Prioritized(alpha=0.7), lambda: Prioritized(alpha=0.1)), (lambda: Recent(5), lambda: Recent(10))],
+    ids=["prioritized", "recent"],
+)
+def test_samplers_that_come_with_anystore_come_back_as_they_were(path, saved, other):
+    buffer, _ = started("numpy", saved, {})
     buffer.save(path)
-    found = load(path, sampler=Prioritized(alpha=0.1, epsilon=3.0))
-    assert (found.sampler.alpha, found.sampler.epsilon) == (0.7, 1e-6)
-    assert found.priorities.tolist() == buffer.priorities.tolist()
+    with pytest.raises(SnapshotError, match="its sampler is .*, found .*; leave sampler= out, and change the settings"):
+        load(path, sampler=other())
+    rows = buffer.sample(5).rows.tolist()
+    for found in (load(path), load(path, sampler=saved())):
+        assert repr(found.sampler) == repr(buffer.sampler)
+        assert found.sample(5).rows.tolist() == rows
 
 
 def test_options_come_back(path):

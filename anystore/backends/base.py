@@ -56,20 +56,22 @@ class Backend(ABC):
     mutable: bool = True
     """Whether the library's arrays can be written to, as `gather_into` does."""
 
+    # What a storage needs ---------------------------------------------------------------------------------------------
+
     @classmethod
     def open(cls, device: Any = None) -> Backend:
         """The backend for a device as the user names it; None stands for the library's default."""
         return cls(device)  # type: ignore[call-arg]  # the constructors that take a device
 
-    @property
-    @abstractmethod
-    def xp(self) -> ModuleType:
-        """The array-API namespace."""
-
     @classmethod
     @abstractmethod
     def devices(cls) -> list[str]:
         """The devices that exist, best first; none where the library cannot be used."""
+
+    @property
+    @abstractmethod
+    def xp(self) -> ModuleType:
+        """The array-API namespace."""
 
     @abstractmethod
     def native_dtype(self, dtype: np.dtype[Any]) -> Any:
@@ -80,23 +82,6 @@ class Backend(ABC):
         ValueError
             If it has none, with the remedy.
         """
-
-    @property
-    def index_dtype(self) -> np.dtype[Any]:
-        """What places and numbers are counted in: int64, or int32 where the library has none."""
-        return self._widest("int64", "int32")
-
-    @property
-    def float_dtype(self) -> np.dtype[Any]:
-        """What chances are computed in: float64, or float32 where the library has none."""
-        return self._widest("float64", "float32")
-
-    def _widest(self, wide: str, narrow: str) -> np.dtype[Any]:
-        try:
-            self.native_dtype(np.dtype(wide))
-        except ValueError:
-            return np.dtype(narrow)
-        return np.dtype(wide)
 
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
@@ -124,9 +109,15 @@ class Backend(ABC):
         own if it is True; None leaves it to the backend.
         """
 
-    @abstractmethod
     def gather_into(self, buffers: Sequence[Buffer], rows: Rows, out: Sequence[Array]) -> None:
-        """Fill `out` with the rows of every buffer."""
+        """Fill `out` with the rows of every buffer; asked for only where the library's arrays are `mutable`."""
+        for leaf, array in zip(self.gather(buffers, rows, None), out):
+            array[...] = leaf
+
+    def to_host(self, buffer: Buffer, rows: Rows) -> NDArray[Any]:
+        """The rows of a buffer in main memory, of which it may be a view."""
+        (leaf,) = self.gather([buffer], rows, None)
+        return to_numpy(leaf)
 
     @abstractmethod
     def scatter(self, buffers: Sequence[Buffer], rows: Rows, leaves: Sequence[Array]) -> None:
@@ -135,21 +126,23 @@ class Backend(ABC):
         Where a row is there more than once, the last value stays.
         """
 
+    def scatter_as_is(self, buffers: Sequence[Buffer], rows: Rows, leaves: Sequence[Any]) -> bool:
+        """Do what `scatter` does, if it is plain at a glance that every unchecked leaf fits its buffer and the rows.
+
+        Returns
+        -------
+        bool
+            Whether the leaves are written. False is always right, and then nothing is.
+        """
+        return False
+
     @abstractmethod
     def from_numpy(self, array: NDArray[Any]) -> Array:
         """An array of the library with the same values, on the device; it may share the memory of `array`."""
 
-    def as_index(self, integers: NDArray[Any]) -> Array:
-        """Integers from main memory as an array of the library, in `index_dtype`."""
-        return self.from_numpy(integers.astype(self.index_dtype, copy=False))
-
     @abstractmethod
     def move(self, array: Array, dtype: Any) -> Array:
         """An array of the library, whatever its device and dtype, on this device and in this native dtype."""
-
-    def to_host(self, array: Array) -> NDArray[Any]:
-        """A NumPy array with the same values; it may share the memory of `array`."""
-        return to_numpy(array)
 
     def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
         """`value`, an array of any library, in this dtype and as `scatter` takes it: of this library, on this device.
@@ -159,6 +152,53 @@ class Backend(ABC):
         if library_of(value) == self.library:
             return self.move(value, self.native_dtype(dtype))
         return self.from_numpy(to_numpy(value).astype(dtype, copy=False))
+
+    def array(self, buffer: Buffer) -> Array:
+        """The live array of a buffer, as users may have it."""
+        return buffer
+
+    def views(self, rows: Rows) -> bool:
+        """Whether these rows of a buffer can be had without a copy."""
+        return self.has_views and isinstance(rows, (int, range))
+
+    def writable(self, array: Array) -> bool:
+        """Whether `array` is one of this library, on this device, that can be written to."""
+        return library_of(array) == self.library
+
+    def free_memory(self) -> int | None:
+        """The bytes that can still be allocated on the device, or None if that cannot be told."""
+        return host_memory()
+
+    def __repr__(self) -> str:
+        return f"<anystore backend {self.name} on {self.device}>"
+
+    def __reduce__(self) -> Any:
+        from anystore.backends import select_backend
+
+        return select_backend, (self.name, self.device)
+
+    # What replay needs besides ----------------------------------------------------------------------------------------
+
+    @property
+    def index_dtype(self) -> np.dtype[Any]:
+        """What places and numbers are counted in: int64, or int32 where the library has none."""
+        return self._widest("int64", "int32")
+
+    @property
+    def float_dtype(self) -> np.dtype[Any]:
+        """What chances are computed in: float64, or float32 where the library has none."""
+        return self._widest("float64", "float32")
+
+    def _widest(self, wide: str, narrow: str) -> np.dtype[Any]:
+        try:
+            self.native_dtype(np.dtype(wide))
+        except ValueError:
+            return np.dtype(narrow)
+        return np.dtype(wide)
+
+    def as_index(self, integers: NDArray[Any]) -> Array:
+        """Integers from main memory as an array of the library, in `index_dtype`."""
+        return self.from_numpy(integers.astype(self.index_dtype, copy=False))
 
     def own(self, value: Array, dtype: np.dtype[Any]) -> Array:
         """`value`, an array of any library, as one of this library: as `bring`, and also what that keeps in NumPy."""
@@ -179,20 +219,6 @@ class Backend(ABC):
             If the seed is not an integer, or is negative.
         """
         return HostRandom(self, seed)
-
-    def scatter_as_is(self, buffers: Sequence[Buffer], rows: Rows, leaves: Sequence[Any]) -> bool:
-        """Do what `scatter` does, if it is plain at a glance that every unchecked leaf fits its buffer and the rows.
-
-        Returns
-        -------
-        bool
-            Whether the leaves are written. False is always right, and then nothing is.
-        """
-        return False
-
-    def array(self, buffer: Buffer) -> Array:
-        """The live array of a buffer, as users may have it."""
-        return buffer
 
     def as_rows(self, array: Array) -> Rows:
         """Rows in an array of the library, known to be inside the buffers, as the other methods take them."""
@@ -250,14 +276,6 @@ class Backend(ABC):
         """An array of `bookkeeping` as one of this library, in a dtype that it has; it may share its memory."""
         return self.from_numpy(array) if self.books_elsewhere else array
 
-    def views(self, rows: Rows) -> bool:
-        """Whether these rows of a buffer can be had without a copy."""
-        return self.has_views and isinstance(rows, (int, range))
-
-    def writable(self, array: Array) -> bool:
-        """Whether `array` is one of this library, on this device, that can be written to."""
-        return library_of(array) == self.library
-
     def here(self) -> AbstractContextManager[object]:
         """In which the current device is that of the arrays; the current stream stays that of the thread."""
         return _no_stream
@@ -265,18 +283,6 @@ class Backend(ABC):
     def stream(self) -> AbstractContextManager[object]:
         """What another thread enters, once, to work on the stream that is current in this one."""
         return _no_stream
-
-    def free_memory(self) -> int | None:
-        """The bytes that can still be allocated on the device, or None if that cannot be told."""
-        return host_memory()
-
-    def __repr__(self) -> str:
-        return f"<anystore backend {self.name} on {self.device}>"
-
-    def __reduce__(self) -> Any:
-        from anystore.backends import select_backend
-
-        return select_backend, (self.name, self.device)
 
 
 _no_stream = contextlib.nullcontext()

@@ -113,7 +113,7 @@ class CudaBackend(Backend):
         """A C-contiguous copy."""
 
     @abstractmethod
-    def _own(self, array: Any) -> Array:
+    def _on_this_device(self, array: Any) -> Array:
         """An array on a GPU, of whatever library, as one of this library on this device."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class CudaBackend(Backend):
             return None
         with self.here():
             try:
-                return self._checked_rows(self._own(index), capacity)
+                return self._checked_rows(self._on_this_device(index), capacity)
             finally:
                 self._borrowed.forget()  # the check waits for the device
 

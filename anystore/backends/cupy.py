@@ -177,9 +177,9 @@ class CupyBackend(CudaBackend):
 
     def move(self, array: Array, dtype: np.dtype[Any]) -> Array:
         with self._device:
-            return self._own(array).astype(dtype, copy=False)
+            return self._on_this_device(array).astype(dtype, copy=False)
 
-    def _own(self, array: Any) -> Array:
+    def _on_this_device(self, array: Any) -> Array:
         if not isinstance(array, cupy.ndarray):
             self._borrowed.note(array)
             array = _taken_over(array)
@@ -198,8 +198,9 @@ class CupyBackend(CudaBackend):
     def random(self, seed: int | None = None) -> Random:
         return CupyRandom(self._device, seed)
 
-    def to_host(self, array: Array) -> NDArray[Any]:
+    def to_host(self, buffer: Array, rows: Rows) -> NDArray[Any]:
         """Through pinned memory, from CuPy's pool of it, where it goes back to when nobody needs the array any more."""
+        (array,) = self.gather([buffer], rows, None)
         if array.nbytes == 0:
             return np.empty(array.shape, array.dtype)
         memory = cupy.cuda.alloc_pinned_memory(array.nbytes)

@@ -70,10 +70,6 @@ class GenericBackend(Backend):
         views = [buffer[basic_index(rows)] for buffer in buffers]
         return [self._xp.asarray(view, copy=True) for view in views] if copy else views
 
-    def gather_into(self, buffers: Sequence[Array], rows: Rows, out: Sequence[Array]) -> None:
-        for leaf, array in zip(self.gather(buffers, rows, copy=None), out):
-            array[...] = leaf
-
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
         # Read once, since they may be a view of a buffer themselves.
         flat = rows.reshape(-1).tolist() if isinstance(rows, np.ndarray) else []

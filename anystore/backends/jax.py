@@ -237,8 +237,20 @@ class JaxBackend(Backend):
             raise _traced("read")
         return read
 
-    def gather_into(self, buffers: Sequence[_Cell], rows: Rows, out: Sequence[Array]) -> None:
-        raise NotImplementedError
+    def to_host(self, buffer: _Cell, rows: Rows) -> NDArray[Any]:
+        in_memory = self.together([buffer]).in_memory() if self._is_host else None
+        if in_memory is not None:
+            return moves.gather(in_memory, rows)[0]
+        if isinstance(rows, int):
+            return super().to_host(buffer, rows)
+        # The head of a ring moves, and JAX compiles for every length: these are but a few.
+        count, capacity = len(rows), buffer.array.shape[0]
+        length = min(1 << max(count - 1, 0).bit_length(), capacity)
+        if type(rows) is range and rows.step == 1:
+            start = min(rows.start, capacity - length)
+            return super().to_host(buffer, range(start, start + length))[rows.start - start :][:count]
+        index = np.resize(np.asarray(rows, np.intp), length) if count else np.zeros(0, np.intp)
+        return super().to_host(buffer, index)[:count]
 
     @_with_64_bits
     def scatter(self, cells: _Cells, rows: Rows, leaves: Sequence[Array]) -> None:
@@ -349,9 +361,6 @@ class JaxBackend(Backend):
 
     def random(self, seed: int | None = None) -> Random:
         return JaxRandom(self._device, seed)
-
-    def writable(self, array: Any) -> bool:
-        return False
 
     def free_memory(self) -> int | None:
         if parse_device(self.device)[0] == "cpu":
@@ -509,7 +518,7 @@ def _is_untraced() -> bool:
 def _traced(done: str) -> TypeError:
     return TypeError(
         f"a storage cannot be {done} within jax.jit or another transformation of JAX, which would do it once, when it "
-        "traces the function; hand over what is read as an argument"
+        "traces the function; keep it outside, and hand over what is read as an argument"
     )
 
 

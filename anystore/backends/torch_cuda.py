@@ -57,7 +57,7 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
     def _copy(self, array: torch.Tensor) -> torch.Tensor:
         return array.clone(memory_format=torch.contiguous_format)
 
-    def _own(self, array: Any) -> torch.Tensor:
+    def _on_this_device(self, array: Any) -> torch.Tensor:
         if not isinstance(array, torch.Tensor):
             self._borrowed.note(array)
             array = torch.from_dlpack(array)  # type: ignore[attr-defined]
@@ -89,11 +89,12 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
 
     def bring(self, value: Array, dtype: np.dtype[Any]) -> Array:
         if on_gpu(value):
-            return self.move(self._own(value), self.native_dtype(dtype))
+            return self.move(self._on_this_device(value), self.native_dtype(dtype))
         return to_numpy(value).astype(dtype, copy=False)
 
-    def to_host(self, array: torch.Tensor) -> NDArray[Any]:
+    def to_host(self, buffer: torch.Tensor, rows: Rows) -> NDArray[Any]:
         """Through pinned memory, from torch's pool of it."""
+        (array,) = self.gather([buffer], rows, None)
         return to_numpy(self._pinned(array.shape, array.dtype).copy_(array))
 
     def _pinned(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -27,20 +27,36 @@ def count_items(nest: Nest, batch: Any, lanes: int) -> int:
     ValueError
         If none does; for a buffer of so many lanes it says what to do instead.
     """
-    leaves = nest.flatten(batch)
+    try:
+        leaves = nest.flatten(batch)
+    except (ValueError, TypeError) as error:
+        if isinstance(batch, (list, tuple)) and batch and _is_item(nest, batch[0]):
+            raise type(error)(f"{error}; this looks like a list of items: add them one by one, or stack them") from None
+        raise
     for leaf, spec in zip(leaves, nest.specs):
         shape = shape_of(leaf)
         if len(shape) == len(spec.shape) + 1:
             return int(shape[0])
-    if any(shape_of(leaf) != spec.shape for leaf, spec in zip(leaves, nest.specs)):
-        found = f"none or more in {', '.join(map(label, nest.paths))}"
+    shapes = {label(path): shape_of(leaf) for path, leaf in zip(nest.paths, leaves)}
+    others = {path: shape for (path, shape), spec in zip(shapes.items(), nest.specs) if shape != spec.shape}
+    if others:
+        found = ", ".join(f"{path} of shape {shape}" for path, shape in others.items())
     elif lanes > 1:
         found = "what looks like a single item; give it that axis, and name its lane: extend(..., lanes=[...])"
     else:
-        found = "what looks like a single item, which add takes"
+        found = "what looks like a single item, which add takes (ReplayBuffer.like takes one as well, and no batch)"
     raise ValueError(
         f"expected a batch, one axis of items in front of each leaf (for steps and lanes together), found {found}"
     )
+
+
+def _is_item(nest: Nest, value: Any) -> bool:
+    """Whether this is a nest like that of an item."""
+    try:
+        nest.flatten(value)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def looks_like_a_batch(nest: Nest, value: Any) -> bool:

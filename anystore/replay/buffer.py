@@ -18,10 +18,9 @@ from anystore.backends import Backend, select_backend
 from anystore.backends.base import Array
 from anystore.convert import as_array, to_numpy
 from anystore.nests import Nest, example_spec
-from anystore.plan import as_count
 from anystore.replay.batch import check_counts, count_items, looks_like_a_batch
 from anystore.replay.draws import Draws, Usable
-from anystore.replay.feed import Batches
+from anystore.replay.feed import Batches, check_target, hand_over
 from anystore.replay.lanes import Lanes
 from anystore.replay.layouts import Plain
 from anystore.replay.ring import Ring
@@ -30,7 +29,7 @@ from anystore.replay.samplers import Prioritized, Sampler, Uniform, as_prioritie
 from anystore.replay.shared import Shared
 from anystore.replay.stats import Counts, Meter, Stats
 from anystore.replay.windows import Windows
-from anystore.specs import as_dtype
+from anystore.specs import as_count, as_dtype
 from anystore.storage import Storage
 from anystore.values import Casting
 
@@ -59,8 +58,9 @@ class Sample(NamedTuple):
     mask : array of bool, shape (batch_size, num_steps), or None
         Which steps of padded windows are real.
     discounts : array of floats, shape (batch_size,), or None
-        For n-step returns, what the value of the following observation counts: the discount to the power of the number
-        of steps, 0 where the episode terminated. Of the dtype of the reward in `items`.
+        For n-step returns, of which ``n_step=1`` are those of single items, what the value of the following observation
+        counts: the discount to the power of the number of steps, 0 where the episode terminated. Of the dtype of the
+        reward in `items`.
     """
 
     items: Any
@@ -95,7 +95,7 @@ class ReplayBuffer:
     reward, terminated, truncated : str, optional
         Where these are in an item: the leaf of the reward; the bool leaves that say that the episode ended with it or
         was broken off after it. By default the leaves "reward", "terminated" and "truncated", where there are such of
-        that dtype. What needs one says so.
+        that dtype. What needs one says so. The reward may have axes, as one for each of several agents.
     following : str or sequence of str, optional
         The parts that are what comes after the item, such as the next observation, for n-step returns; "next_obs" by
         default, where there is one. Those in `shared` always are. Where other leaves have "next" in their names, n-step
@@ -103,7 +103,8 @@ class ReplayBuffer:
     backend, device, casting
         As for `Storage`.
     seed : int, optional
-        What the draws follow from: the same seed gives the same draws on the same backend.
+        What the draws follow from: the same seed gives the same draws on the same backend, if they are made at the same
+        moments between writes, as with ``prefetch=0`` in `batches`.
 
     Attributes
     ----------
@@ -329,7 +330,9 @@ class ReplayBuffer:
     # Writing --------------------------------------------------------------------------------------------------------
 
     def add(self, item: Any) -> None:
-        """Add an item; with lanes, one of each: a batch of as many items as lanes.
+        """Add an item; with several lanes, one of each: a batch of as many items as lanes.
+
+        (What comes in batches whatever the number of lanes, as from a vector environment, goes to `extend`.)
 
         Parameters
         ----------
@@ -368,7 +371,9 @@ class ReplayBuffer:
         ----------
         batch : nest
             As `Storage.set` takes it: each leaf has an axis of items in front, any number of them. With several lanes
-            that is whole steps, an item of each lane in turn.
+            that is whole steps, an item of each lane in turn: steps before lanes. Items of several environments in a
+            buffer of one lane are taken for an episode of one; successive items of one of several environments need its
+            lane named.
         lanes : int, sequence of int, or mask over the lanes, optional
             For steps of some of the lanes: those that the items are of, in turn. With an int they are successive items
             of that lane.
@@ -496,6 +501,8 @@ class ReplayBuffer:
         at_end: AtEnd = "cross",
         n_step: int | None = None,
         discount: float | None = None,
+        to: str | None = None,
+        device: Any = None,
     ) -> Sample:
         """Items, windows of items, or items with n-step returns, drawn by the sampler.
 
@@ -518,6 +525,8 @@ class ReplayBuffer:
             cut at truncation, 0 at termination.
         discount : float, optional
             What a reward one step later counts in n-step returns; 0.99 by default.
+        to, device : optional
+            The library whose arrays to hand over, and where, as for `batches`; by default the buffer's own.
 
         Returns
         -------
@@ -527,6 +536,8 @@ class ReplayBuffer:
         ------
         ValueError
             If there is nothing to draw from, or not enough; if the spec has no leaf for what is asked.
+        ValueError, ImportError
+            As `to_library`, for `to` and `device`; nothing is drawn then.
 
         Notes
         -----
@@ -534,6 +545,7 @@ class ReplayBuffer:
         """
         batch_size = as_count("batch_size", batch_size)
         how = _How.of(num_steps, at_end, n_step, discount)
+        check_target(to, device)
         with self.lock, self._on_device():
             candidates, usable = self._choice(how)
             drawn = self._draws.draw(batch_size, candidates, usable)
@@ -541,7 +553,7 @@ class ReplayBuffer:
             places = drawn + too_old if too_old else drawn
             sample = self._sample_of(places, how, self._draws.weights(drawn, candidates))
             self._sampled += batch_size
-            return sample
+        return sample if to is None else hand_over(sample, to, device=device)
 
     def one_pass(
         self,
@@ -554,9 +566,9 @@ class ReplayBuffer:
     ) -> Iterator[Sample]:
         """Every item, or window, that can be sampled now, once, in random order; the last batch may be smaller.
 
-        Takes what `sample` takes; the sampler has no part in it. Items that are overwritten before their turn has come
-        are left out, as are those that begin no such window, even if that leaves none. With `batches` a thread draws
-        ahead (``passes=1``).
+        Takes what `sample` takes but for `to`; the sampler has no part in it. Items that begin no such window are left
+        out, as are those that are overwritten before their turn has come. With `batches` a thread draws ahead
+        (``passes=1``), and hands over.
 
         Raises
         ------
@@ -568,6 +580,8 @@ class ReplayBuffer:
         with self.lock, self._on_device():
             candidates, _ = self._choice(how)
             numbers = to_numpy(self._random.permutation(len(candidates))).astype(np.int64) + candidates.start
+            if not len(self._first_usable(numbers, 1, how)[0]):
+                raise ValueError(f"none of {len(numbers)} items begins such a window; ask for fewer steps, or add more")
         return self._pass_through(numbers, batch_size, how)
 
     def _pass_through(self, numbers: NDArray[np.int64], batch_size: int, how: _How) -> Iterator[Sample]:
@@ -616,6 +630,11 @@ class ReplayBuffer:
             self._roles.check_n_step(self._nest)
         elif how.at_end != "cross":
             self._roles.check_flags(self._nest, f'windows with at_end="{how.at_end}"')
+            if not self._layout.knows_ends:
+                raise ValueError(
+                    f'at_end="{how.at_end}" needs to know where episodes end; give the spec bool leaves "terminated" '
+                    'and "truncated", or name them: ReplayBuffer(..., terminated="path")'
+                )
         too_old, tests = self._requirements(how)
         steps = (how.num_steps or 1) - 1
         too_new = 0 if how.at_end == "pad" else steps * (self._lanes.count if self._lanes.in_step else 1)
@@ -623,7 +642,7 @@ class ReplayBuffer:
         if not candidates:
             raise ValueError(
                 f"{len(items)} items of {self._lanes.count} lane(s) hold no window of {steps + 1} steps that can be "
-                "drawn; add more, or ask for fewer steps"
+                "drawn; ask for fewer steps, or add more"
             )
         if not tests:
             return candidates, None
@@ -753,6 +772,8 @@ class ReplayBuffer:
 
     def _as_numbers(self, rows: Any) -> Array:
         """Running numbers as a user gave them, on the device."""
+        if isinstance(rows, Sample):
+            raise TypeError("expected rows as in Sample.rows, found the sample itself")
         array = as_array(rows)
         if array.shape == (0,) and isinstance(rows, (list, tuple)):
             array = array.astype(np.intp)
@@ -760,7 +781,7 @@ class ReplayBuffer:
             raise TypeError(f"expected rows as in Sample.rows, a flat array of integers, found {rows!r:.80}")
         return self._books.own(array, self._books.index_dtype)
 
-    def counts(self) -> Counts:
+    def _counts(self) -> Counts:
         """What `stats` are made of."""
         with self.lock, self._on_device():
             items = self._ring.items
@@ -782,10 +803,10 @@ class ReplayBuffer:
     def stats(self) -> Stats:
         """How full the buffer is, how fast it is used, and what of: items, bytes, rates, episodes, priorities.
 
-        The rates are those since the last call. It reads the flags and rewards of all items, and the priorities of
-        up to 65,536, spread evenly over all, and goes through the newest 100 episodes step by step.
+        The rates are those since the last call, the means those of the newest 100 episodes. It reads the flags and
+        rewards of all items, and the priorities of up to 65,536, spread evenly over all.
         """
-        return self._meter.read(self.counts())
+        return self._meter.read(self._counts())
 
     @property
     def priorities(self) -> Array:

@@ -78,7 +78,7 @@ class Draws:
             good = self._good(places, items, usable)
             found = self._books.count_nonzero(good)
             if found >= count:
-                self._settle(kind, count, found / places.shape[0])
+                self._choose_level(kind, count, found / places.shape[0])
                 return xp.take(places, self._some(self._books.flatnonzero(good), count, found), axis=0)
             self.levels[kind] += 1
         self._refuse_strangers(places, items)
@@ -105,7 +105,7 @@ class Draws:
                 f"{len(found)}: {found[:3].tolist()}, ..."
             )
 
-    def _settle(self, kind: int, count: int, share: float) -> None:
+    def _choose_level(self, kind: int, count: int, share: float) -> None:
         """Begin the next time at the lowest level that will do, if such a share of the draws is of use."""
         level = 0
         while level < _HIGHEST:
@@ -178,12 +178,12 @@ class Draws:
         if len(places) == 0:
             otherwise = "" if found is None else f", or have {type(self._sampler).__name__} draw from more"
             raise ValueError(
-                f"of {len(items)} candidates none can be drawn, for want of a chance or of such a window; add more"
-                f"{otherwise}"
+                f"of {len(items)} candidates none can be drawn, for want of a chance or of such a window; ask for "
+                f"fewer steps, add more{otherwise}"
             )
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")
-        self._settle(int(usable is not None), count, float(min(1.0, chances[good].sum() / chances.sum())))
+        self._choose_level(int(usable is not None), count, float(min(1.0, chances[good].sum() / chances.sum())))
         return self._books.as_index(places[self._chosen(len(places), count, None if found is None else chances[good])])
 
     def _checked_chances(self, found: Any, count: int) -> NDArray[Any]:

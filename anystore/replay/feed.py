@@ -25,7 +25,7 @@ from typing import Any
 from anystore.convert import is_array, to_numpy
 from anystore.handover import to_library
 from anystore.nests import children
-from anystore.plan import as_count
+from anystore.specs import as_count
 
 _LAST_WAIT = 10.0
 """The seconds that the end of the program waits for a sample that is being drawn."""
@@ -119,15 +119,13 @@ class Batches(Iterator[Any]):
         if passes is not None:
             draw = _Passes(draw, as_count("passes", passes, 0))
         self._hand_over: Callable[[Any], Any] | None = None
-        if to is None and device is not None:
-            raise ValueError(f"expected to= with device={device!r}: the library whose arrays to hand over there")
+        check_target(to, device)
         if to is not None:
-            to_library([], to, device=device)  # which refuses what is unknown here and now
-            hand_over = functools.partial(_hand_over, library=to, copy=copy, device=device)
+            handed = functools.partial(hand_over, library=to, copy=copy, device=device)
             if _is_on_gpu(buffer):
-                self._hand_over = hand_over
+                self._hand_over = handed
             else:
-                draw = functools.partial(_drawn, draw, hand_over)
+                draw = functools.partial(_drawn, draw, handed)
         self._source: _Ahead | _InTurn
         if prefetch == 0:
             self._source = _InTurn(draw, turns)
@@ -291,11 +289,25 @@ def _is_on_gpu(buffer: Any) -> bool:
     return backend is not None and backend.device.startswith("cuda")
 
 
-def _drawn(draw: Callable[[], Any], hand_over: Callable[[Any], Any]) -> Any:
-    return hand_over(draw())
+def _drawn(draw: Callable[[], Any], handed: Callable[[Any], Any]) -> Any:
+    return handed(draw())
 
 
-def _hand_over(sample: Any, library: str, copy: bool | None, device: Any) -> Any:
+def check_target(to: str | None, device: Any) -> None:
+    """Refuse a library that samples cannot be handed over to, before any is drawn.
+
+    Raises
+    ------
+    ValueError, ImportError
+        As `to_library`; and for a device without a library.
+    """
+    if to is not None:
+        to_library([], to, device=device)
+    elif device is not None:
+        raise ValueError(f"expected to= with device={device!r}: the library whose arrays to hand over there")
+
+
+def hand_over(sample: Any, library: str, copy: bool | None = None, device: Any = None) -> Any:
     """The sample in the arrays of a library, but for its rows."""
     if not _is_sample(sample):
         return to_library(sample, library, copy=copy, device=device)

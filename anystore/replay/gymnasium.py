@@ -55,7 +55,7 @@ def transition_spec(env: Any, *, reward: DTypeLike = "float32", floats: DTypeLik
         If a space has elements of no fixed shape (with its path).
     """
     spaces = _spaces(env)
-    Nest(spaces)  # which refuses what cannot be stored, with its path
+    Nest({"obs": spaces["obs"], "action": spaces["action"]})  # which refuses what cannot be stored, with its path
     specs = {part: _narrowed(space, None if floats is None else as_dtype(floats)) for part, space in spaces.items()}
     specs |= {"reward": ArraySpec((), reward), "terminated": _FLAG, "truncated": _FLAG}
     return {part: specs[part] for part in _PARTS}
@@ -155,7 +155,7 @@ class Recorder:
     """
 
     def __init__(self, buffer: ReplayBuffer, env: Any, *, autoreset: Any = None) -> None:
-        count = _num_envs(env)
+        count, spaces = _num_envs(env), _spaces(env)
         self.buffer = buffer
         self.autoreset = _autoreset_of(env) if autoreset is None else _as_autoreset(autoreset)
         if count is None and self.autoreset == "same_step":
@@ -174,7 +174,7 @@ class Recorder:
         self._make: Any = dict if isinstance(spec, Mapping) else type(spec)
         self._parts = children(spec)
         self._others = set(self._parts) - set(_PARTS)
-        self._check_spec(env)
+        self._check_spec(spaces)
         self._nest_of_obs = Nest(self._parts["obs"])
         self._obs: Any = None
         self._all = np.arange(buffer.lanes)
@@ -185,7 +185,7 @@ class Recorder:
         self.returns: deque[float] = deque(maxlen=100)
         self.lengths: deque[int] = deque(maxlen=100)
 
-    def _check_spec(self, env: Any) -> None:
+    def _check_spec(self, spaces: dict[str, Any]) -> None:
         advice = "transition_spec(env) is a spec that fits, with casting='same_kind'"
         if "info" in self._parts:
             raise ValueError("info: expected another name for this part, since step takes the infos by that one")
@@ -196,7 +196,6 @@ class Recorder:
         for part in ("terminated", "truncated"):
             if self._parts[part] != _FLAG:
                 raise ValueError(f"{part}: expected {_FLAG}, found {self._parts[part]}; {advice}")
-        spaces = _spaces(env)
         of_spaces = Nest({part: spaces[part] for part in spaces if part in self._parts})
         found = self._nest.leaves
         for path, spec in zip(of_spaces.paths, of_spaces.specs):
@@ -209,6 +208,16 @@ class Recorder:
         for path in found:
             if path.partition("/")[0] in spaces:
                 raise ValueError(f"{label(path)}: the space of the environment has no such leaf; {advice}")
+
+    @property
+    def is_first(self) -> NDArray[np.bool_]:
+        """Whether the next item of each environment will be the first of an episode; of the shape of its flags.
+
+        For a part of the spec that says so, or to begin with a new state of a network:
+        ``recorder.step(action, *env.step(action), is_first=recorder.is_first)``.
+        """
+        first: NDArray[np.bool_] = self._length == 0
+        return first.reshape(self._lead)
 
     # What the environment returned ----------------------------------------------------------------------------------
 
@@ -266,7 +275,8 @@ class Recorder:
         obs, reward, terminated, truncated, info
             What it returned; of arrays of any library, on any device.
         **others : nest
-            The parts of the spec that are not Gymnasium's, as for `action`.
+            The parts of the spec that are not Gymnasium's, as for `action`. What they have for an environment that this
+            step only resets is left out with all the rest; `is_first` tells of what is not.
 
         Raises
         ------

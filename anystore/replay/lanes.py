@@ -99,7 +99,7 @@ class Lanes:
         return named.astype(np.intp)
 
     def newest(self, lanes: NDArray[np.intp] | None = None) -> NDArray[np.int64]:
-        """The numbers of the newest items of these lanes, or of all; -1 where there is none."""
+        """The numbers of the newest items of these lanes, or of all, which may be gone; -1 where there was none."""
         if self._distances is None:
             start = self._ring.total - self.count
             newest = np.arange(start, start + self.count) if start >= 0 else self._newest

@@ -1,4 +1,4 @@
-"""How items are stored: just as they are, or without what follows from their neighbours.
+"""Items stored just as they are, and what every layout owes; shared.py leaves out what follows from neighbours.
 
 A layout writes items to the rows of a ring and reads them back by their places: positions among the items that are
 there, 0 the oldest.

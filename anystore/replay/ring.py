@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from anystore.backends import Backend
 from anystore.backends.base import Array
-from anystore.convert import to_numpy
 from anystore.rows import KnownRows
 from anystore.storage import Storage
 
@@ -86,19 +85,20 @@ class Ring:
     def in_order(self, leaf: Storage) -> NDArray[Any]:
         """A copy in main memory of what the storage of one leaf has for all items, oldest first."""
         items = self.items
-        start = items.start % self.capacity
-        stop = min(start + len(items), self.capacity)
-        runs = [slice(start, stop), slice(0, len(items) - (stop - start))]
-        # Copies, since a storage whose live rows were given away is saved whole ever after.
-        return np.concatenate([to_numpy(leaf.get(run, copy=True)) for run in runs])
+        runs = self._runs(items.start, len(items))
+        return np.concatenate([leaf.backend.to_host(leaf._buffers[0], run) for run in runs])
 
     def next_rows(self, count: int) -> list[range]:
         """The rows of the next `count` items, or of the newest `capacity` of them.
 
         One run of rows, or two where the ring closes.
         """
-        start = (self.total + max(0, count - self.capacity)) % self.capacity
-        stop = start + min(count, self.capacity)
+        return self._runs(self.total + max(0, count - self.capacity), min(count, self.capacity))
+
+    def _runs(self, number: int, count: int) -> list[range]:
+        """The rows of `count` items from this number on."""
+        start = number % self.capacity
+        stop = start + count
         if stop <= self.capacity:
             return [range(start, stop)]
         return [range(start, self.capacity), range(stop - self.capacity)]

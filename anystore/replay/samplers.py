@@ -12,9 +12,8 @@ from anystore.backends import Backend
 from anystore.backends.base import Array
 from anystore.backends.random import Random
 from anystore.convert import is_array, to_numpy
-from anystore.plan import as_count
 from anystore.replay.sum_tree import SumTree
-from anystore.specs import limits
+from anystore.specs import as_count, limits
 
 
 class Sampler(ABC):
@@ -221,6 +220,9 @@ class Prioritized(_Ours):
     The proportional variant of Schaul et al., "Prioritized Experience Replay" (2016), https://arxiv.org/abs/1511.05952,
     with independent draws where the paper has one for each of as many strata. Adding items costs nothing until the
     next draw.
+
+    The priority of a window is that of the item it begins with, and every item begins one: an update reaches one of
+    many windows that overlap. For priorities of sequences, let windows begin at some items only, as the README shows.
     """
 
     def __init__(self, *, alpha: float = 0.6, beta: float = 0.4, epsilon: float = 1e-6) -> None:

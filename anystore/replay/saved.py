@@ -116,7 +116,7 @@ def load_buffer(
     except _WRONG as error:
         raise SnapshotError(f"{where}: expected the state of a replay buffer, found another ({error!r})") from None
     nest, backend = nest_of(like, nest, snapshot.path), backend_of(like, backend)
-    sampler = state.new_sampler() if sampler is None else state.checked(sampler)
+    sampler = state.sampler(sampler)
     capacity = state.capacity if capacity is None else capacity
     buffer = state.new_buffer(nest.data_spec, capacity, sampler, backend, device)
     nbytes = snapshot.rows_nbytes(*snapshot.manifest.storages)
@@ -146,36 +146,34 @@ class _State:
             if name in snapshot.manifest.storages and snapshot.entry(name).capacity != self.capacity:
                 raise ValueError(f"{name} with {snapshot.entry(name).capacity} rows, not {self.capacity}")
 
-    def new_sampler(self) -> Sampler:
-        """A sampler of the same class and settings.
+    def sampler(self, given: Sampler | None) -> Sampler:
+        """A sampler like the one that was saved: the one that the user gave, where its class is the user's own.
 
         Raises
         ------
         SnapshotError
-            If its class is one of the user's own.
+            If none was given then, or if the one that was given is of another class or has other settings.
         """
+        if given is not None and type(given).__name__ != self._class:
+            raise SnapshotError(
+                f"{self._where}: its sampler is a {self._class!r:.80}; pass a new one as sampler=, found a "
+                f"{type(given).__name__}"
+            )
         found = next((each for each in _OURS if each.__name__ == self._class), None)
         if self._settings is None or found is None:
-            raise SnapshotError(f"{self._where}: its sampler is a {self._class!r:.80}; pass a new one as sampler=")
+            if given is None:
+                raise SnapshotError(f"{self._where}: its sampler is a {self._class!r:.80}; pass a new one as sampler=")
+            return given
         try:
-            return found(**self._settings)
+            saved = found(**self._settings)
         except (TypeError, ValueError) as error:
             raise SnapshotError(f"{self._where}: expected the settings of a {self._class} ({error})") from None
-
-    def checked(self, sampler: Sampler) -> Sampler:
-        """A sampler that the user made.
-
-        Raises
-        ------
-        SnapshotError
-            If it is not of the class of the one that was saved.
-        """
-        if type(sampler).__name__ != self._class:
+        if given is not None and _settings(given) not in (None, _settings(saved)):
             raise SnapshotError(
-                f"{self._where}: its sampler is a {self._class!r:.80}; pass a new one as sampler=, "
-                f"found a {type(sampler).__name__}"
+                f"{self._where}: its sampler is {saved!r:.80}, found {given!r:.80}; leave sampler= out, and change the "
+                "settings of the one that is loaded"
             )
-        return sampler
+        return saved
 
     def new_buffer(self, data_spec: Any, capacity: int, sampler: Sampler, backend: Any, device: Any) -> ReplayBuffer:
         """An empty buffer of the same options."""

@@ -14,6 +14,7 @@ before its first item, the latest of them last. A record is free again once the 
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from anystore.storage import Storage
 
 _MARKS = {"begins": ArraySpec((), "bool"), "ends": ArraySpec((), "bool"), "record": ArraySpec((), "int32")}
 """Of each item: whether an episode begins or ends with it, and the number of the episode's record."""
+_STRANGERS = 100
+"""From so many items on that do not go on from those before them there is a warning, if they are the most."""
 
 
 class _Observation(NamedTuple):
@@ -138,6 +141,7 @@ class Shared(Plain):
         self._ended: list[tuple[int, int]] = []  # a heap of the last item of an episode, and its record
         self._record = np.full(self._lanes.count, -1, np.int64)
         self._change: _Change | None = None
+        self._strangers = self._written = 0
         # What the next item of a lane begins with, if it goes on.
         self._expected = {
             each.path: np.zeros((self._lanes.count, *each.spec.shape), each.spec.dtype) for each in self._observations
@@ -183,6 +187,7 @@ class Shared(Plain):
         numbers = (self._ring.total + np.arange(count)).reshape(-1, len(ids))  # of steps and lanes, as all below
         ends = batch.ends.reshape(numbers.shape).copy()
         begins = ~self._goes_on(batch.seen, ids, numbers.shape)
+        self._warn_of_strangers(begins[0] & (self._record[ids] >= 0), begins[1:] & ~ends[:-1], count)
         begins[0] |= self._record[ids] < 0
         begins[1:] |= ends[:-1]
         ends[:-1] |= begins[1:]
@@ -241,6 +246,20 @@ class Shared(Plain):
                 before, now = each.newer(before), each.older(now)
             same &= _equal(before, now).reshape(shape)
         return same
+
+    def _warn_of_strangers(self, first: NDArray[Any], later: NDArray[Any], count: int) -> None:
+        """Warn where most items do not go on from those before them, and no end of an episode says why."""
+        self._strangers += int(np.count_nonzero(first) + np.count_nonzero(later))
+        self._written += count
+        if self._strangers >= _STRANGERS and 2 * self._strangers > self._written:
+            self._strangers = -(2**62)  # once is enough
+            warnings.warn(
+                "most items do not begin with what followed the one before in their lane, though no episode ended "
+                "there, so that each of them takes the room of an episode; if they are of several environments, make "
+                "the buffer with lanes=, name the lanes in extend, and have steps before lanes in a batch",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _reserve(self, count: int, oldest: int) -> None:
         """Have so many records free; those of episodes that ended before item `oldest`, which goes now, are."""
@@ -343,15 +362,14 @@ class Shared(Plain):
         flat = self._books.xp.reshape(places, (-1,))
         wanted = self._nest.paths if paths is None else paths
         leaves = self._as_stored(tuple(path for path in wanted if path in self._kept_whole), flat)
-        for each in self._observations:
-            if (each.axis is not None and each.path in wanted) or each.after in wanted:
-                rows, of_records = self._sources(flat)
-                break
-        for each in self._observations:
-            if each.axis is not None and each.path in wanted:
-                leaves[each.path] = self._assembled(each, rows[:, :-1], of_records[:, :-1])
-            if each.after is not None and each.after in wanted:
-                leaves[each.after] = self._assembled(each, rows[:, 1:], of_records[:, 1:])
+        parts = [(each.path, each, 0) for each in self._observations if each.axis is not None]
+        parts += [(each.after, each, 1) for each in self._observations if each.after is not None]
+        parts = [part for part in parts if part[0] in wanted]
+        if parts:
+            rows, of_records = self._sources(flat)
+        for path, each, first in parts:
+            frames = slice(first, first + self._depth)
+            leaves[path] = self._assembled(each, rows[:, frames], of_records[:, frames])
         if len(places.shape) > 1:
             leaves = {
                 path: self._backend.xp.reshape(leaf, places.shape + leaf.shape[1:]) for path, leaf in leaves.items()

@@ -1,8 +1,8 @@
 """What a buffer holds and how fast it is used, for people to look at while an agent trains.
 
-A buffer has two methods for it. ``counts()`` takes a `Counts` under the buffer's lock: plain numbers, and the columns
+A buffer has two methods for it. ``_counts()`` takes a `Counts` under the buffer's lock: plain numbers, and the columns
 that the rest is worked out from, as copies in main memory, oldest item first. ``stats()`` has a `Meter` of the buffer's
-own make `Stats` of them: ``return self._meter.read(self.counts())``. Nothing is counted while items are added and
+own make `Stats` of them: ``return self._meter.read(self._counts())``. Nothing is counted while items are added and
 sampled but how many they are.
 """
 
@@ -276,7 +276,7 @@ def live_stats(
     Parameters
     ----------
     buffer : ReplayBuffer
-        What to show; it is asked for its `counts` from a thread.
+        What to show; it is asked from a thread.
     refresh_per_second : float, default 2
         How often.
     console : rich.console.Console, optional
@@ -290,12 +290,12 @@ def live_stats(
         If rich is not installed.
     """
     live, progress_bar, table = _import_rich("live", "progress_bar", "table")
-    start = buffer.counts()
+    start = buffer._counts()
     recent, overall = (Meter(start.total_added, start.total_sampled, clock=clock) for _ in range(2))
     last: Stats | None = None
 
     def line() -> Any:
-        stats = last or recent.read(buffer.counts())
+        stats = last or recent.read(buffer._counts())
         grid = table.Table.grid(padding=(0, 1))
         grid.add_row(progress_bar.ProgressBar(stats.capacity, stats.size, width=20), stats.line)
         return grid
@@ -305,7 +305,7 @@ def live_stats(
         try:
             yield
         finally:
-            last = overall.read(buffer.counts())
+            last = overall.read(buffer._counts())
     if not shown.console.is_terminal:
         shown.console.line()
 

@@ -28,11 +28,6 @@ class Windows:
 
     def beginning(self, num_steps: int, at_end: str) -> Callable[[Array], Array] | None:
         """What tells which items begin a window that can be drawn; None if all do."""
-        if at_end != "cross" and not self._layout.knows_ends:
-            raise ValueError(
-                f'at_end="{at_end}" needs to know where episodes end; give the spec bool leaves "terminated" and '
-                '"truncated", or name them: ReplayBuffer(..., terminated="path")'
-            )
         if at_end == "pad" or num_steps == 1 or (at_end == "cross" and self._lanes.in_step):
             return None
 

@@ -30,10 +30,7 @@ def prepared(path: Path, kind: str, wait: bool = False) -> Iterator[Manifest | N
     SnapshotError
         If another is writing there, or it holds something else than a snapshot of this kind.
     """
-    if not path.is_dir():
-        with contextlib.suppress(FileExistsError):
-            files.mkdir(path)
-        files.sync_directory(path.parent)
+    _make(path)
     _refuse_strangers(path)
     with files.locked(path, wait):
         old = read_manifest(path / MANIFEST) if os.path.lexists(path / MANIFEST) else None
@@ -43,6 +40,15 @@ def prepared(path: Path, kind: str, wait: bool = False) -> Iterator[Manifest | N
             )
         sweep(path)
         yield old
+
+
+def _make(path: Path) -> None:
+    """Make a directory, and those above it, where there is none."""
+    if not path.is_dir():
+        _make(path.parent)
+        with contextlib.suppress(FileExistsError):
+            files.mkdir(path)
+        files.sync_directory(path.parent)
 
 
 def _refuse_strangers(path: Path) -> None:

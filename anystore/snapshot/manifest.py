@@ -37,7 +37,7 @@ _KEPT = re.compile(r"manifest-([0-9]{6,15})\.json")
 class File:
     """A file of a snapshot, by its name in the directory, and its checksum (None for one that is still written to)."""
 
-    file: str
+    name: str
     crc32: int | None
 
     @staticmethod
@@ -52,7 +52,7 @@ class File:
 
     def json(self) -> dict[str, Any]:
         """The words for it."""
-        return {"file": self.file, "crc32": None if self.crc32 is None else f"{self.crc32:08x}"}
+        return {"file": self.name, "crc32": None if self.crc32 is None else f"{self.crc32:08x}"}
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Manifest:
         found = [file for layer in layers for file in layer.leaves.values()]
         found += [layer.index for layer in layers if layer.index is not None]
         found += [array.file for array in self.arrays.values()]
-        return {file.file for file in found}
+        return {file.name for file in found}
 
     @staticmethod
     def read(node: Any) -> Manifest:

@@ -69,7 +69,8 @@ def load(
         that a file names is imported.
     sampler : Sampler, optional
         For a replay buffer whose sampler is of a class of the user's own: a new one of that class, a copy of which then
-        takes up the state, and with it the settings, of the one that was saved.
+        takes up the state, and with it the settings, of the one that was saved. Those that come with anystore come back
+        as they were.
     version : int, optional
         An older version that was kept; by default the newest.
     progress : callable, optional
@@ -92,6 +93,9 @@ def load(
     Notes
     -----
     It may run while another process saves there; what is loaded is one version or the next, never parts of both.
+
+    Environments that begin anew do not go on with the episodes of a replay buffer that is loaded: call its
+    `end_episode` first, as the first `reset` of a `Recorder` does.
     """
     for _ in range(_TRIES):
         snapshot = Snapshot(path, version)
@@ -170,7 +174,7 @@ class Snapshot:
         yield from self._arrays().values()
 
     def _file(self, file: File, shape: tuple[int, ...], dtype: Any) -> NpyFile:
-        return NpyFile(self.path / file.file, shape, dtype, file.crc32)
+        return NpyFile(self.path / file.name, shape, dtype, file.crc32)
 
     def _leaves(self, entry: StorageEntry, layer: Layer) -> dict[str, NpyFile]:
         return {
@@ -193,8 +197,8 @@ class Snapshot:
         for file in self.files():
             file.check()
 
-    def verify(self, progress: Callback | None = None) -> None:
-        """Read every file and compare its checksum.
+    def verify(self) -> None:
+        """Read every file that has a checksum and compare it.
 
         Raises
         ------
@@ -202,8 +206,9 @@ class Snapshot:
             For the first one that is damaged, with its name.
         """
         self.check()
-        with Progress("verifying", self.nbytes, progress) as bar, Threads(THREADS) as threads:
-            for file in self.files():
+        files = [file for file in self.files() if file.crc32 is not None]
+        with Progress("verifying", sum(file.nbytes for file in files), None) as bar, Threads(THREADS) as threads:
+            for file in files:
                 for _, piece in file.pieces(threads):
                     bar.advance(piece.nbytes)
             for entry in self.manifest.storages.values():

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anystore.plan import as_count
 from anystore.snapshot.blocks import Blocks
 from anystore.snapshot.changes import Changes
 from anystore.snapshot.described import describe
@@ -31,6 +30,7 @@ from anystore.snapshot.directory import (
 from anystore.snapshot.manifest import MANIFEST, MANIFEST_BYTES, ArrayEntry, File, Layer, Manifest, StorageEntry
 from anystore.snapshot.npy import ROWS, as_bytes, rows_at_a_time, write_npy
 from anystore.snapshot.progress import Callback, Progress
+from anystore.specs import as_count
 
 if TYPE_CHECKING:
     from anystore.storage import Storage
@@ -162,7 +162,7 @@ def used_rows(storage: Storage) -> int:
         step = rows_at_a_time(spec.nbytes)
         for stop in range(storage.capacity if spec.nbytes else 0, used, -step):
             rows = range(max(stop - step, used), stop)
-            data = as_bytes(_host(storage, buffer, rows))
+            data = as_bytes(storage._backend.to_host(buffer, rows))
             if np.count_nonzero(data):
                 used = rows.start + _last(data.reshape(len(rows), -1).any(axis=1)) + 1
                 break
@@ -176,11 +176,6 @@ def _last(mask: Any) -> int:
         stop -= ROWS
     start = max(stop - ROWS, 0)
     return start + int(np.flatnonzero(mask[start:stop])[-1])
-
-
-def _host(storage: Storage, buffer: Any, rows: Any) -> NDArray[Any]:
-    (leaf,) = storage._backend.gather([buffer], rows, None)
-    return storage._backend.to_host(leaf)
 
 
 def _with_files(
@@ -225,7 +220,7 @@ class _Draft:
 
     def _add_leaf(self, parts: Sequence[str], storage: Storage, position: int, rows: _Rows) -> File:
         spec, buffer = storage._nest.specs[position], storage._buffers[position]
-        pieces = (_host(storage, buffer, piece) for piece in rows.pieces(rows_at_a_time(spec.nbytes)))
+        pieces = (storage._backend.to_host(buffer, piece) for piece in rows.pieces(rows_at_a_time(spec.nbytes)))
         return self._write(parts, (rows.count, *spec.shape), spec.dtype, pieces, self._progress.advance)
 
     def add_array(self, name: str, array: NDArray[Any]) -> ArrayEntry:
