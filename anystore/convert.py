@@ -43,7 +43,16 @@ def on_gpu(value: Any) -> bool:
     try:
         return value.__dlpack_device__()[0] in _CUDA
     except Exception:  # there is no such method, or no such device, or there are several
-        return hasattr(value, "__cuda_array_interface__")
+        return cuda_interface(value) is not None
+
+
+def cuda_interface(value: Any) -> dict[str, Any] | None:
+    """What an array says of its memory on a GPU, for CUDA; None if it says nothing."""
+    try:
+        found: dict[str, Any] = value.__cuda_array_interface__
+        return found
+    except Exception:  # of any kind: KeyError for float8 of torch, ValueError for JAX's arrays on several devices
+        return None
 
 
 def to_numpy(value: Any) -> NDArray[Any]:

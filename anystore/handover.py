@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from anystore.backends import select_backend
 from anystore.backends.base import no_dtype
-from anystore.convert import is_array, library_of, on_gpu, to_numpy
+from anystore.convert import cuda_interface, is_array, library_of, on_gpu, to_numpy
 from anystore.nests import map_leaves
 from anystore.specs import as_dtype, is_extension
 
@@ -161,10 +161,16 @@ class _Layout(NamedTuple):
 def _layout(leaf: Any) -> _Layout:
     """Where the memory of a leaf starts, and how it is passed through."""
     leaf = leaf.detach() if library_of(leaf) == "torch" else leaf  # which else refuses to say where it is
-    if on_gpu(leaf) and hasattr(leaf, "__cuda_array_interface__"):
-        interface = leaf.__cuda_array_interface__
-        strides = interface.get("strides")
-        return _Layout(interface["data"][0], strides or (), strides is None)
+    if on_gpu(leaf):
+        interface = cuda_interface(leaf)
+        if interface is not None:
+            strides = interface.get("strides")
+            return _Layout(interface["data"][0], strides or (), strides is None)
+        if library_of(leaf) == "jax":  # bfloat16 and the like
+            return _Layout(leaf.unsafe_buffer_pointer(), (), True)
+        if library_of(leaf) == "torch":  # float8
+            strides = tuple(stride * leaf.element_size() for stride in leaf.stride())
+            return _Layout(leaf.data_ptr(), strides, leaf.is_contiguous())
     array = to_numpy(leaf)
     return _Layout(array.ctypes.data, array.strides, array.flags.c_contiguous)
 

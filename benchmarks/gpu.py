@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from anystore import ArraySpec, Storage
+from anystore import ArraySpec, Storage, moves
 from anystore.rows import KnownRows
 from benchmarks.measure import machine, summary, versions
 from benchmarks.workloads import ATARI, CARTPOLE, ROBOT, Batch, Workload
@@ -381,6 +384,15 @@ def operations(rig: Rig, subject: Any, workload: Workload, size: int) -> dict[st
     return {name: call for name, (method, call) in found.items() if getattr(subject, method, None)}
 
 
+def prepared(rig: Rig, subject: Any, workload: Workload, size: int) -> dict[str, Callable[[int], object]]:
+    """The same, or nothing where what a subject is to be given cannot be had."""
+    try:
+        return operations(rig, subject, workload, size)
+    except Exception as error:
+        print(f"  {subject.name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
+        return {}
+
+
 def in_turn(rig: Rig, calls: dict[str, Callable[[int], object]]) -> Figures:
     """Microseconds a call of each subject, by the wall clock and on the device."""
     counts, took = {}, {}
@@ -391,8 +403,13 @@ def in_turn(rig: Rig, calls: dict[str, Callable[[int], object]]) -> Figures:
         except Exception as error:
             print(f"  {name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
     for each in range(ROUNDS):
-        for name, (wall, device) in took.items():
-            one, other = rig.timed(calls[name], counts[name], each * 7)
+        for name, (wall, device) in list(took.items()):
+            try:
+                one, other = rig.timed(calls[name], counts[name], each * 7)
+            except Exception as error:
+                print(f"  {name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
+                del took[name]
+                continue
             wall.append(one * 1e6)
             device.append(other * 1e6)
     return {name: {"wall": summary(wall), "device": summary(device)} for name, (wall, device) in took.items()}
@@ -407,7 +424,7 @@ def measure_workload(rig: Rig, workload: Workload, absent: dict[str, str], over:
             continue
         by_name: dict[str, dict[str, Callable[[int], object]]] = {}
         for subject in subjects:
-            for operation, call in operations(rig, subject, workload, size).items():
+            for operation, call in prepared(rig, subject, workload, size).items():
                 by_name.setdefault(operation, {})[subject.name] = call
         figures[str(size)] = {operation: in_turn(rig, calls) for operation, calls in by_name.items() if not over()}
     return figures
@@ -421,9 +438,10 @@ def measure_leaves(rig: Rig, absent: dict[str, str], over: Callable[[], bool]) -
             break
         workload = few_leaves(count, 1000 if rig.dry else 200_000)
         subjects = open_all(rig, workload, [Anystore, AnystoreOnTorch, CupyPerLeaf, TorchPerLeaf], absent)
-        calls = {subject.name: operations(rig, subject, workload, 256) for subject in subjects}
+        calls = {subject.name: prepared(rig, subject, workload, 256) for subject in subjects}
         for figure, operation in (("get", "get, rows of the host"), ("set", "set, from the host")):
-            figures[figure][str(count)] = in_turn(rig, {name: each[operation] for name, each in calls.items()})
+            there = {name: each[operation] for name, each in calls.items() if operation in each}
+            figures[figure][str(count)] = in_turn(rig, there)
     return figures
 
 
@@ -471,8 +489,9 @@ def goals(figures: Figures) -> list[Figures]:
         for peer, factor in ((CupyPerLeaf.name, 4), (TorchPerLeaf.name, 4), (TorchRL.name, 8)):
             theirs = wall(figures, name, 256, get, peer)
             add(f"{name}, {get}, 256: times {peer}", factor, theirs / ours if ours and theirs else None)
-        least = limit["empty launch, us"] + limit["allocation, us"]
-        add(f"{name}, {get}, 256: empty launches and allocations", 3, ours / least if ours else None, least=False)
+        least = limit.get("empty launch, us", 0) + limit.get("allocation, us", 0)
+        share = ours / least if ours and least else None
+        add(f"{name}, {get}, 256: empty launches and allocations", 3, share, least=False)
     atari = figures["workloads"].get(ATARI.name, {})
     nbytes = sum(spec.nbytes for spec in ATARI.spec.values())
     for size, operation, of, clock, ways in (
@@ -480,7 +499,8 @@ def goals(figures: Figures) -> list[Figures]:
         (256, "set, from the host", "pinned", "wall", 1),
     ):
         took = atari.get(str(size), {}).get(operation, {}).get(OURS)
-        share = took and ways * size * nbytes / took[clock]["median"] * 1e6 / limit[f"{of}, bytes a second"]
+        most = limit.get(f"{of}, bytes a second")
+        share = ways * size * nbytes / took[clock]["median"] * 1e6 / most if took and most else None
         add(f"{ATARI.name}, {operation}, {size}: share of the {of} bandwidth", 0.85, share)
     return found
 
@@ -495,15 +515,17 @@ def run_tests(seconds: float, dry: bool) -> Figures:
     """
     if dry:
         return {"a few": _run_tests(seconds, ["tests/test_to_library.py"])}
-    end = time.monotonic() + seconds
-    many = ["-n", "8", "--dist", "loadscope"] if importlib.util.find_spec("xdist") else []
+    many = ["-n", "14", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     contracts = ["-m", "gpu", "--ignore=tests/test_gpu.py", *many, "-k"]
     chosen = {
-        "what only a GPU can show": ["-m", "gpu", "tests/test_gpu.py"],
-        "contracts, but for JAX": [*contracts, "not Jax"],
-        "contracts, JAX": [*contracts, "Jax"],
+        "what only a GPU can show": (0.4, ["-m", "gpu", "tests/test_gpu.py"]),
+        "contracts, but for JAX": (0.8, [*contracts, "not Jax"]),
+        "contracts, JAX": (1.0, [*contracts, "Jax"]),
     }
-    return {name: _run_tests(max(end - time.monotonic(), 10), each) for name, each in chosen.items()}
+    start, figures = time.monotonic(), {}
+    for name, (until, each) in chosen.items():
+        figures[name] = _run_tests(max(start + until * seconds - time.monotonic(), 10), each)
+    return figures
 
 
 def _run_tests(seconds: float, chosen: list[str]) -> Figures:
@@ -511,20 +533,25 @@ def _run_tests(seconds: float, chosen: list[str]) -> Figures:
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *chosen]
     env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     env.update({"ANYSTORE_REQUIRE": "cupy"} if "-m" in chosen else {})
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, env=env, text=True, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        output, status = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        status = -1
+    start, done = time.perf_counter(), False
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        # A session of its own, since those that it starts are to end with it.
+        tests = subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            tests.wait(seconds)
+            done = True
+        except subprocess.TimeoutExpired:
+            os.killpg(tests.pid, signal.SIGKILL)
+            tests.wait()
+        file.seek(0)
+        output = file.read()
     print(output[-6000:], file=sys.stderr)
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|errors?|skipped)", output)}
-    states = {-1: "not done in time", 5: "none could run here"}
+    if not done:  # there is no last line that counts them
+        counts = {name.lower(): len(re.findall(f"::.* {name}\\b", output)) for name in ("PASSED", "FAILED", "SKIPPED")}
+    status = tests.returncode if done else "not done in time"
     return {
-        "status": states.get(status, status),
+        "status": "none could run here" if status == 5 else status,
         "seconds": round(time.perf_counter() - start),
         **counts,
         "failures": _failures(output)[:50],
@@ -556,6 +583,7 @@ def markdown(figures: Figures) -> str:
         lines.append(f"- tests, {name}: {', '.join(f'{k} {v}' for k, v in tests.items() if k != 'failures')}")
         lines += [f"- FAILED {failure}" for failure in tests["failures"]]
     lines += [f"- not measured: {name} ({why})" for name, why in figures["absent"].items()]
+    lines += [f"- FAILED {name}: {why}" for name, why in figures["errors"].items()]
     lines += ["", "| limit of the device | |", "|---|---:|"]
     lines += [f"| {name} | {value:,.3g} |" for name, value in figures["limits"].items()]
     lines += ["", "| to reach | goal | found | |", "|---|---:|---:|---|"]
@@ -599,10 +627,12 @@ def draw(figures: Figures, folder: Path) -> None:
 def draw_leaves(figures: Figures, path: Path, plt: Any, note: str) -> None:
     """What a call costs against the number of leaves."""
     curves = {"get of 256 rows": figures["leaves"]["get"], "set of 256 rows, from the host": figures["leaves"]["set"]}
-    if figures["ways to append"]:
+    if figures["ways to append"].get("copies"):
         ways = figures["ways to append"]
         curves["append of 256 rows"] = {
-            count: {way: ways[way][count] for way in ways} for count in ways["copies"] if count in ways["launch"]
+            count: {way: ways[way][count] for way in ways}
+            for count in ways["copies"]
+            if count in ways.get("launch", {})
         }
     figure, axes = plt.subplots(1, len(curves), figsize=(6 * len(curves), 4.5), layout="constrained", squeeze=False)
     for axis, (title, by_count) in zip(axes[0], curves.items()):
@@ -646,7 +676,7 @@ def write(figures: Figures, folder: Path) -> None:
 
 
 def measure(rig: Rig, minutes: float, folder: Path, with_tests: bool) -> Figures:
-    """Everything, the goals first; what there is no time for is left out. Written after every step."""
+    """Everything, the goals first; what there is no time for, or what fails, is left out. Written after every step."""
     start = time.monotonic()
 
     def over(share: float = 0.93) -> bool:
@@ -658,28 +688,41 @@ def measure(rig: Rig, minutes: float, folder: Path, with_tests: bool) -> Figures
         "device": rig.describe(),
         "machine": machine(),
         "versions": {**versions(), **({} if rig.dry else {"cupy": rig.cupy.__version__})},
+        "compiled": moves.gather.__module__ == "anystore._moves",
         "tests": {},
         "absent": {},
+        "errors": {},
+        "limits": {},
+        "leaves": {"get": {}, "set": {}},
+        "ways to append": {},
         "workloads": {},
+        "goals": [],
     }
-    if with_tests:
-        figures["tests"] = run_tests(0.4 * 60 * minutes, rig.dry)
-    figures["limits"] = limits(rig)
-    workloads = WORKLOADS if not rig.dry else [Workload(each.name, each.spec, 300) for each in WORKLOADS]
-    figures["leaves"] = measure_leaves(rig, figures["absent"], over)
-    figures["ways to append"] = measure_ways_to_append(rig, over)
-    for workload in workloads:
-        print(workload.name, file=sys.stderr)
-        figures["workloads"][workload.name] = measure_workload(rig, workload, figures["absent"], over)
-        figures["goals"] = goals(figures)
-        if rig.dry:
-            figures["goals"] = [{**goal, "found": None, "reached": None} for goal in figures["goals"]]
+
+    def note(into: Figures, name: str, make: Callable[[], Any]) -> None:
+        """What one step finds, or what went wrong in it, on the disk."""
+        print(name, file=sys.stderr)
+        try:
+            into[name] = make()
+        except Exception as error:
+            figures["errors"][name] = f"{type(error).__name__}: {error}"[:300]
+        figures["goals"] = [
+            {**goal, **({"found": None, "reached": None} if rig.dry else {})} for goal in goals(figures)
+        ]
         write(figures, folder)
+
+    if with_tests:
+        note(figures, "tests", lambda: run_tests(0.4 * 60 * minutes, rig.dry))
+    note(figures, "limits", lambda: limits(rig))
+    note(figures, "leaves", lambda: measure_leaves(rig, figures["absent"], over))
+    note(figures, "ways to append", lambda: measure_ways_to_append(rig, over))
+    for workload in WORKLOADS if not rig.dry else [Workload(each.name, each.spec, 300) for each in WORKLOADS]:
+        measured = functools.partial(measure_workload, rig, workload, figures["absent"], over)
+        note(figures["workloads"], workload.name, measured)
         if not rig.dry:
             rig.cupy.get_default_memory_pool().free_all_blocks()
-    figures["seconds"] = round(time.monotonic() - start)
-    write(figures, folder)
-    draw(figures, folder)
+    note(figures, "seconds", lambda: round(time.monotonic() - start))
+    note(figures, "pictures", lambda: draw(figures, folder))
     return figures
 
 
@@ -698,7 +741,8 @@ def main() -> int:
         return 2
     figures = measure(Rig(options.dry_run), options.minutes, options.output, not options.no_tests)
     print(markdown(figures))
-    return int(any(tests["status"] not in (0, "none could run here") for tests in figures["tests"].values()))
+    failed = any(tests["status"] not in (0, "none could run here") for tests in figures["tests"].values())
+    return int(failed or bool(figures["errors"]))
 
 
 def _has_device() -> bool:

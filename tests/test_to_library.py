@@ -8,8 +8,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from anystore import ArraySpec, Storage, to_library
-from anystore.convert import to_numpy
+from anystore import ArraySpec, Storage, handover, to_library
+from anystore.convert import on_gpu, to_numpy
 from anystore.replay import ReplayBuffer
 from tests.items import SPEC, assert_same, batch
 from tests.stand_in import installed
@@ -294,3 +294,27 @@ for leaf in (array[::-1], array[:, ::-1], array[::-1, ::2], array[:0, ::-1], arr
     assert to_library(leaf, "torch", copy=None).tolist() == leaf.tolist()
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class TestWhereAnArrayOnAGpuLies:
+    """By what the libraries say of it, which is not always what CUDA's interface says."""
+
+    @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float32"])
+    @pytest.mark.parametrize("library", LIBRARIES)
+    def test_without_that_interface(self, library, dtype, monkeypatch):
+        pytest.importorskip("ml_dtypes")
+        pytest.importorskip(library)
+        array = to_library(aligned(np.arange(6).reshape(2, 3), dtype), library, copy=None)
+        expected = handover._layout(array)
+        monkeypatch.setattr(handover, "on_gpu", lambda _: True)
+        found = handover._layout(array)
+        assert (found.address, found.contiguous) == (expected.address, True)
+        assert library == "jax" or found.strides == expected.strides
+
+    def test_an_interface_that_raises_whatever_it_likes(self):
+        class Sharded:
+            @property
+            def __cuda_array_interface__(self):
+                raise KeyError("float8_e4m3fn")
+
+        assert not on_gpu(Sharded())

@@ -98,7 +98,9 @@ class CupyBackend(CudaBackend):
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         with self._device:
-            return cupy.zeros(shape, dtype)
+            buffer = cupy.zeros(shape, dtype)
+            cupy.cuda.get_current_stream().synchronize()  # for whichever stream comes to it first
+        return buffer
 
     def here(self) -> Any:
         return self._device

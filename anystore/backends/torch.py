@@ -81,7 +81,10 @@ class TorchBackend(Backend):
 
     @torch.inference_mode(False)  # or nothing could be written later, outside of that mode
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
-        return torch.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
+        buffer = torch.zeros(shape, dtype=self.native_dtype(dtype), device=self._device)
+        if self._device.type == "cuda":  # for whichever stream comes to it first
+            torch.cuda.current_stream(self._device).synchronize()
+        return buffer
 
     def gather(self, buffers: Sequence[torch.Tensor], rows: Rows, copy: bool | None) -> list[Array]:
         if self.views(rows):
