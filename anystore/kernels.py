@@ -27,6 +27,12 @@ def on_device(number: int) -> Any:
     return cupy.cuda.Device(number)
 
 
+def current_device() -> int:
+    """The device that CuPy launches on."""
+    number: int = cupy.cuda.runtime.getDevice()
+    return number
+
+
 def source() -> str:
     """The text of kernels.cu."""
     return resources.files("anystore").joinpath("kernels.cu").read_text(encoding="utf-8")

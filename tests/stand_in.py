@@ -523,7 +523,11 @@ def module() -> types.ModuleType:
             alloc_pinned_memory=alloc_pinned_memory,
             is_available=lambda: True,
             runtime=types.SimpleNamespace(
-                getDeviceCount=lambda: 2, memcpyAsync=memcpy_async, memcpyDefault=4, memsetAsync=memset_async
+                getDevice=lambda: _here.device,
+                getDeviceCount=lambda: 2,
+                memcpyAsync=memcpy_async,
+                memcpyDefault=4,
+                memsetAsync=memset_async,
             ),
         ),
         __version__="stand-in",

@@ -32,6 +32,8 @@ class Buffers(list[Array]):
         The shape of a row of each, and its dtype.
     record : Record
         Where they are, and how wide.
+    models : dict
+        For the shapes of batches that were read lately, arrays to make their leaves like, if the library does that.
     """
 
     def __init__(self, buffers: Sequence[Array], address_of: Callable[[Array], int]) -> None:
@@ -39,6 +41,7 @@ class Buffers(list[Array]):
         self.specs = [(tuple(buffer.shape[1:]), buffer.dtype) for buffer in buffers]
         addresses = [address_of(buffer) for buffer in buffers]
         self.record = Record(addresses, [math.prod(shape) * dtype.itemsize for shape, dtype in self.specs])
+        self.models: dict[tuple[int, ...], list[Array]] = {}
         spans = sorted((start, start + buffer.nbytes) for start, buffer in zip(addresses, buffers) if buffer.nbytes)
         self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
 
