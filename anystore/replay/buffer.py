@@ -581,7 +581,10 @@ class ReplayBuffer:
             candidates, _ = self._choice(how)
             numbers = to_numpy(self._random.permutation(len(candidates))).astype(np.int64) + candidates.start
             if not len(self._first_usable(numbers, 1, how)[0]):
-                raise ValueError(f"none of {len(numbers)} items begins such a window; ask for fewer steps, or add more")
+                raise ValueError(
+                    f"of {len(numbers)} candidates none can be drawn, for want of such a window; ask for fewer steps, "
+                    "or add more"
+                )
         return self._pass_through(numbers, batch_size, how)
 
     def _pass_through(self, numbers: NDArray[np.int64], batch_size: int, how: _How) -> Iterator[Sample]:
