@@ -148,11 +148,11 @@ def map_leaves(function: Callable[[Any], Any], nest: Any) -> Any:
     """
     leaves, treespec = _flatten(nest)
     made = []
-    for path, leaf in zip(_paths(treespec), leaves):
+    for number, leaf in enumerate(leaves):
         try:
             made.append(function(leaf))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{label(path)}: {error}") from error
+            raise ValueError(f"{label(_paths(treespec)[number])}: {error}") from error
     return treespec.unflatten(made)
 
 

@@ -398,7 +398,7 @@ class Storage:
         Parameters
         ----------
         path : path
-            A directory of the snapshot's own, for no other files; it is made if it is not there, in one that is.
+            A directory of the snapshot's own, for no other files; it is made, with those above it, if it is not there.
         keep : int, default 0
             How many of the older versions there stay loadable.
         progress : callable, optional

@@ -5,6 +5,7 @@ Nothing is written here: whatever a value can be refused for, it is refused for 
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -150,6 +151,7 @@ def _check_dtype(leaf: _Leaf, casting: Casting) -> None:
         )
 
 
+@functools.lru_cache(maxsize=256)
 def can_cast(found: np.dtype[Any], expected: np.dtype[Any], casting: Casting) -> bool:
     """Whether `casting` allows to convert between dtypes, in NumPy's words and by its rules.
 

@@ -590,7 +590,9 @@ class TestJax:
         def read(x):
             return x * store.get(index)["a"].sum()
 
-        with pytest.raises(TypeError, match="cannot be read within jax.jit.*; hand over what is read as an argument"):
+        with pytest.raises(
+            TypeError, match="cannot be read within jax.jit.*; keep it outside, and hand over what is read"
+        ):
             read(1.0)
 
     @pytest.mark.parametrize("paths", ["'a', 'b'", "'b'"])
@@ -637,6 +639,13 @@ class TestJax:
             buffer.extend(rewards[stop - 1 : stop])
             assert buffer._counts().rewards.tolist() == rewards[max(stop - 64, 0) : stop].tolist()
         assert lengths == (set() if is_host else {1, 2, 4, 8, 16, 32, 64})
+
+    @pytest.mark.parametrize("rows", [[3, 0, 2], [[0, 1], [2, 3], [1, 1]], [1] * 9, []], ids=str)
+    def test_rows_come_to_main_memory_from_another_device(self, store, rows, monkeypatch):
+        monkeypatch.setattr(store.backend, "_is_host", False)
+        index = np.array(rows, np.intp)
+        found = store.backend.to_host(store.select("b")._buffers[0], index)
+        assert found.tolist() == np.arange(4)[index].tolist()
 
     def test_takes_another_array_on_the_memory_of_a_buffer(self, store):
         """JAX, which is told that a write may reuse this memory, fails if the write reads it as well."""

@@ -842,7 +842,7 @@ class ReplayContract:
             assert "extend" not in str(found.value)
         for value in (one, {"a": 0, "b": [0, 0]}):
             with pytest.raises(
-                ValueError, match=r"found what looks like a single item, which add takes \(.*no batch\)$"
+                ValueError, match=r"found what looks like a single item, which add takes; for a batch, Rep"
             ):
                 buffer.extend(value)
         with pytest.raises(ValueError, match=r"for steps and lanes together\), found a of shape \(1, 4\)$"):

@@ -315,7 +315,7 @@ class SamplersContract:
     def test_nothing_but_priority_0_among_windows(self) -> None:
         buffer = self.make(8, 8, ends=[0, 1, 4, 5, 6, 7], sampler=Prioritized(epsilon=0))
         buffer.update_priorities([2, 3], [0.0, 0.0])
-        with pytest.raises(ValueError, match="fewer steps, add more, or have Prioritized draw from more$"):
+        with pytest.raises(ValueError, match="fewer steps, or add more, or have Prioritized draw from more$"):
             buffer.sample(2, num_steps=2, at_end="whole")
 
     @pytest.mark.parametrize("scale", ["huge", "tiny"])

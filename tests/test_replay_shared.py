@@ -80,8 +80,34 @@ class TestWarnings:
         with pytest.warns(RuntimeWarning, match="most items do not begin with what followed.*lanes=") as found:
             step_by_step()
         assert len(found) == 1
-        with pytest.warns(RuntimeWarning, match="lanes="):
+        with pytest.warns(RuntimeWarning, match="lanes=") as found:
             self.buffer().extend(batch)
+        assert found[0].filename == __file__
+
+    def test_nothing_is_lost_where_warnings_are_errors(self):
+        batch, buffer = self.steps(4, 200), self.buffer()
+        with pytest.raises(RuntimeWarning, match="lanes="):
+            buffer.extend(batch)
+        assert len(buffer) == 800
+        buffer.clear()
+        with pytest.raises(RuntimeWarning, match="lanes="):  # once more, for what comes then
+            buffer.extend(batch)
+
+    def test_an_item_at_a_time(self):
+        batch, buffer = self.steps(4, 50), self.buffer()
+
+        def one_by_one() -> None:
+            for row in range(200):
+                buffer.add({path: leaf[row] for path, leaf in batch.items()})
+
+        with pytest.warns(RuntimeWarning, match="lanes=") as found:
+            one_by_one()
+        assert [each.filename for each in found] == [__file__]
+
+    def test_many_lanes_that_begin_anew(self):
+        buffer, ends = self.buffer(lanes=256), np.zeros(256, bool)
+        for obs in np.arange(3 * 256, dtype=np.float32).reshape(3, 256):
+            buffer.extend({"obs": obs, "next_obs": obs + 0.5, "terminated": ends})
 
     def test_lanes_before_steps(self):
         batch = {path: leaf.reshape(200, 4).T.ravel() for path, leaf in self.steps(4, 200).items()}

@@ -163,7 +163,7 @@ class Backend(ABC):
 
     def writable(self, array: Array) -> bool:
         """Whether `array` is one of this library, on this device, that can be written to."""
-        return library_of(array) == self.library
+        return self.mutable and library_of(array) == self.library
 
     def free_memory(self) -> int | None:
         """The bytes that can still be allocated on the device, or None if that cannot be told."""

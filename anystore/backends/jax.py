@@ -244,13 +244,14 @@ class JaxBackend(Backend):
         if isinstance(rows, int):
             return super().to_host(buffer, rows)
         # The head of a ring moves, and JAX compiles for every length: these are but a few.
-        count, capacity = len(rows), buffer.array.shape[0]
-        length = min(1 << max(count - 1, 0).bit_length(), capacity)
         if type(rows) is range and rows.step == 1:
+            capacity = buffer.array.shape[0]
+            length = min(_few(len(rows)), capacity)
             start = min(rows.start, capacity - length)
-            return super().to_host(buffer, range(start, start + length))[rows.start - start :][:count]
-        index = np.resize(np.asarray(rows, np.intp), length) if count else np.zeros(0, np.intp)
-        return super().to_host(buffer, index)[:count]
+            return super().to_host(buffer, range(start, start + length))[rows.start - start :][: len(rows)]
+        index = np.asarray(rows, np.intp)
+        found = super().to_host(buffer, np.resize(index, _few(index.size)))[: index.size]
+        return found.reshape(index.shape + found.shape[1:])
 
     @_with_64_bits
     def scatter(self, cells: _Cells, rows: Rows, leaves: Sequence[Array]) -> None:
@@ -520,6 +521,11 @@ def _traced(done: str) -> TypeError:
         f"a storage cannot be {done} within jax.jit or another transformation of JAX, which would do it once, when it "
         "traces the function; keep it outside, and hand over what is read as an argument"
     )
+
+
+def _few(count: int) -> int:
+    """The least of a few numbers that is no less than `count`: the next power of two."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 @functools.lru_cache(maxsize=64)

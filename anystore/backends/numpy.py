@@ -36,6 +36,7 @@ class NumpyBackend(Backend):
     """
 
     name = library = "numpy"
+    index_dtype, float_dtype = np.dtype("int64"), np.dtype("float64")
 
     def __init__(self, device: Any = None) -> None:
         device = "cpu" if device is None else str(device)

@@ -44,7 +44,10 @@ def count_items(nest: Nest, batch: Any, lanes: int) -> int:
     elif lanes > 1:
         found = "what looks like a single item; give it that axis, and name its lane: extend(..., lanes=[...])"
     else:
-        found = "what looks like a single item, which add takes (ReplayBuffer.like takes one as well, and no batch)"
+        found = (
+            "what looks like a single item, which add takes; for a batch, ReplayBuffer.like was given one in place of "
+            "an item"
+        )
     raise ValueError(
         f"expected a batch, one axis of items in front of each leaf (for steps and lanes together), found {found}"
     )

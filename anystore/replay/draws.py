@@ -179,7 +179,7 @@ class Draws:
             otherwise = "" if found is None else f", or have {type(self._sampler).__name__} draw from more"
             raise ValueError(
                 f"of {len(items)} candidates none can be drawn, for want of a chance or of such a window; ask for "
-                f"fewer steps, add more{otherwise}"
+                f"fewer steps, or add more{otherwise}"
             )
         if self._sampler.distinct and count > len(places):
             raise ValueError(f"expected at most {len(places)} draws without replacement, found {count}")

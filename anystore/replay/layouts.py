@@ -92,6 +92,9 @@ class Plain:
     def settle(self) -> None:
         """The ring has advanced: what was written holds. Idempotent."""
 
+    def warn(self) -> None:
+        """Warn whoever called what calls this, if most items of a buffer do not go on from one another."""
+
     def undo(self) -> None:
         """The ring has not advanced, and will not: be as before, but for items that were overwritten."""
 
@@ -123,10 +126,15 @@ class Plain:
 
     def read(self, places: Array, paths: tuple[str, ...] | None = None) -> Any:
         """The items at these places; or a dict of some of their parts, by path."""
-        index = self._ring.index(places)
         if paths is None:
-            return self.storages["items"].get(index)
-        return {path: self._select("items", path).get(index) for path in paths}
+            return self.storages["items"].get(self._ring.index(places))
+        return self._as_stored(paths, places)
+
+    def _as_stored(self, paths: tuple[str, ...], places: Array) -> dict[str, Array]:
+        if not paths:
+            return {}
+        leaves = self._select("items", *paths).get(self._ring.index(places))
+        return leaves if len(paths) > 1 else {paths[0]: leaves}
 
     def every_end(self) -> NDArray[Any]:
         """What `ends` says of all items, oldest first, in main memory: many times faster than by their places."""

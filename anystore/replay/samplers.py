@@ -307,8 +307,8 @@ class Prioritized(_Ours):
     def state(self, items: range) -> dict[str, Any]:
         """The settings, the highest priority, and what the tree holds of the items, oldest first, as "numbers".
 
-        The settings are part of it, since the rest says nothing without them: a sampler of others that is handed to
-        `anystore.load` goes on with those of the one that was saved.
+        The settings are part of it, since the rest says nothing without them: a sampler of a class derived from this
+        one that is handed to `anystore.load` goes on with those of the one that was saved.
         """
         return {**self._settings(), "highest": self.highest, "numbers": to_numpy(self._scaled(items))}
 

@@ -59,6 +59,11 @@ def save_buffer(buffer: ReplayBuffer, path: str | os.PathLike[str], keep: int, p
         save_snapshot(path, storages, kind="replay", state=state, arrays=arrays, keep=keep, progress=progress)
 
 
+def _fixed(sampler: Sampler) -> dict[str, Any]:
+    """The settings that cannot be changed once it is made."""
+    return {name: value for name, value in (_settings(sampler) or {}).items() if name not in ("beta", "newest")}
+
+
 def _settings(sampler: Sampler) -> dict[str, Any] | None:
     """What a sampler that comes with anystore is made with; None for a class of the user's own."""
     return sampler._settings() if isinstance(sampler, _OURS) and type(sampler) in _OURS else None
@@ -168,10 +173,10 @@ class _State:
             saved = found(**self._settings)
         except (TypeError, ValueError) as error:
             raise SnapshotError(f"{self._where}: expected the settings of a {self._class} ({error})") from None
-        if given is not None and _settings(given) not in (None, _settings(saved)):
+        if given is not None and (type(given) is not found or _fixed(given) != _fixed(saved)):
             raise SnapshotError(
-                f"{self._where}: its sampler is {saved!r:.80}, found {given!r:.80}; leave sampler= out, and change the "
-                "settings of the one that is loaded"
+                f"{self._where}: its sampler is anystore's {saved!r:.80}, found {given!r:.80} of "
+                f"{type(given).__module__}; leave sampler= out"
             )
         return saved
 

@@ -35,7 +35,7 @@ from anystore.storage import Storage
 _MARKS = {"begins": ArraySpec((), "bool"), "ends": ArraySpec((), "bool"), "record": ArraySpec((), "int32")}
 """Of each item: whether an episode begins or ends with it, and the number of the episode's record."""
 _STRANGERS = 100
-"""From so many items on that do not go on from those before them there is a warning, if they are the most."""
+"""From so many of each lane on that do not go on from those before them there is a warning, if most items are such."""
 
 
 class _Observation(NamedTuple):
@@ -141,7 +141,7 @@ class Shared(Plain):
         self._ended: list[tuple[int, int]] = []  # a heap of the last item of an episode, and its record
         self._record = np.full(self._lanes.count, -1, np.int64)
         self._change: _Change | None = None
-        self._strangers = self._written = 0
+        self._strangers, self._written, self._most_strangers = 0, 0, _STRANGERS * self._lanes.count
         # What the next item of a lane begins with, if it goes on.
         self._expected = {
             each.path: np.zeros((self._lanes.count, *each.spec.shape), each.spec.dtype) for each in self._observations
@@ -154,12 +154,16 @@ class Shared(Plain):
     # Writing --------------------------------------------------------------------------------------------------------
 
     def parts_of(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
-        leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(batch, (count,)))))
-        parts = self._taken_apart(leaves)
+        parts = self._taken_apart(self._admitted(batch, (count,)))
         # As many whole steps at a time as there are rows, so that no item is overwritten by its own batch.
         most = self._ring.capacity // lanes * lanes
         slices = [slice(start, min(count, start + most)) for start in range(0, count, most)]
         return [(parts.at(each), each.stop - each.start) for each in slices]
+
+    def _admitted(self, value: Any, lead: tuple[int, ...] = ()) -> dict[str, Array]:
+        """The leaves of whole items, by path, checked; in NumPy if in main memory, which is taken apart faster."""
+        leaves = self._nest.flatten(self._whole_items.admit(value, lead))
+        return dict(zip(self._nest.paths, map(self._backend.to_bookkeeping, leaves)))
 
     def _taken_apart(self, leaves: dict[str, Array]) -> _Parts:
         """A batch of whole items in the parts that are needed, checked."""
@@ -179,15 +183,15 @@ class Shared(Plain):
         return _Parts(stored, seen, ends)
 
     def write_one(self, item: Any) -> None:
-        leaves = dict(zip(self._nest.paths, self._nest.flatten(self._whole_items.admit(item))))
-        self.write(self._taken_apart({path: leaf[None, ...] for path, leaf in leaves.items()}), 1, None)
+        leaves = {path: leaf[None, ...] for path, leaf in self._admitted(item).items()}
+        self.write(self._taken_apart(leaves), 1, None)
 
     def write(self, batch: _Parts, count: int, lanes: NDArray[np.intp] | None) -> None:
         ids = np.arange(self._lanes.count) if lanes is None else lanes
         numbers = (self._ring.total + np.arange(count)).reshape(-1, len(ids))  # of steps and lanes, as all below
         ends = batch.ends.reshape(numbers.shape).copy()
         begins = ~self._goes_on(batch.seen, ids, numbers.shape)
-        self._warn_of_strangers(begins[0] & (self._record[ids] >= 0), begins[1:] & ~ends[:-1], count)
+        self._count_strangers(begins[0] & (self._record[ids] >= 0), begins[1:] & ~ends[:-1], count)
         begins[0] |= self._record[ids] < 0
         begins[1:] |= ends[:-1]
         ends[:-1] |= begins[1:]
@@ -247,18 +251,20 @@ class Shared(Plain):
             same &= _equal(before, now).reshape(shape)
         return same
 
-    def _warn_of_strangers(self, first: NDArray[Any], later: NDArray[Any], count: int) -> None:
-        """Warn where most items do not go on from those before them, and no end of an episode says why."""
+    def _count_strangers(self, first: NDArray[Any], later: NDArray[Any], count: int) -> None:
+        """Count the items that do not go on from those before them, though no end of an episode says why."""
         self._strangers += int(np.count_nonzero(first) + np.count_nonzero(later))
         self._written += count
-        if self._strangers >= _STRANGERS and 2 * self._strangers > self._written:
+
+    def warn(self) -> None:
+        if self._strangers >= self._most_strangers and 2 * self._strangers > self._written:
             self._strangers = -(2**62)  # once is enough
             warnings.warn(
                 "most items do not begin with what followed the one before in their lane, though no episode ended "
                 "there, so that each of them takes the room of an episode; if they are of several environments, make "
                 "the buffer with lanes=, name the lanes in extend, and have steps before lanes in a batch",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _reserve(self, count: int, oldest: int) -> None:
@@ -375,12 +381,6 @@ class Shared(Plain):
                 path: self._backend.xp.reshape(leaf, places.shape + leaf.shape[1:]) for path, leaf in leaves.items()
             }
         return leaves if paths is not None else self._nest.pack([leaves[path] for path in self._nest.paths])
-
-    def _as_stored(self, paths: tuple[str, ...], places: Array) -> dict[str, Array]:
-        if not paths:
-            return {}
-        leaves = self._select("items", *paths).get(self._ring.index(places))
-        return leaves if len(paths) > 1 else {paths[0]: leaves}
 
     def _marks(self, name: str, places: Array) -> Array:
         return self._select("marks", name).get(self._ring.index(places))

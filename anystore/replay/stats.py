@@ -233,8 +233,8 @@ def _measured(
     length = np.bincount(first)[opening - start]
     if counts.rewards is None or counts.rewards.ndim != 1:
         return length, None, whole
-    sums = np.bincount(first, counts.rewards[start:].astype(np.float64))[opening - start]
-    return length, sums.astype(np.float64, copy=False), whole
+    sums: NDArray[Any] = np.bincount(first, counts.rewards[start:].astype(np.float64))
+    return length, sums[opening - start], whole
 
 
 def _first_items(behind: NDArray[Any], ends: NDArray[np.bool_], start: int) -> NDArray[np.intp]:

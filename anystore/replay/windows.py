@@ -70,12 +70,12 @@ class Windows:
         dtype = rewards.dtype if plain_float else self._native("float32")
         powers = (discount ** np.arange(mask.shape[1] + 1)).astype(self._books.float_dtype)
         powers = xp.astype(self._books.from_numpy(powers), dtype)
-        factors = xp.where(mask, powers[:-1][None, :], xp.zeros_like(powers[:1])[None, :])
+        zero = xp.zeros_like(powers[:1])  # and not a product with the mask: of powers that overflow it were NaN
+        factors = xp.where(mask, powers[None, :-1], zero[None, :])
         factors = xp.reshape(factors, factors.shape + (1,) * (rewards.ndim - 2))
         integer = self._native(self._books.index_dtype.name)
         counts = xp.sum(xp.astype(mask, integer), axis=-1, dtype=integer)
-        discounts = xp.take(powers, counts, axis=0)
-        discounts = xp.where(terminated, xp.zeros_like(discounts), discounts)
+        discounts = xp.where(terminated, zero, xp.take(powers, counts, axis=0))
         return xp.sum(xp.astype(rewards, dtype) * factors, axis=1), discounts
 
     def _follow(self, places: Array, num_steps: int) -> tuple[Array, Array]:

@@ -70,7 +70,7 @@ def load(
     sampler : Sampler, optional
         For a replay buffer whose sampler is of a class of the user's own: a new one of that class, a copy of which then
         takes up the state, and with it the settings, of the one that was saved. Those that come with anystore come back
-        as they were.
+        as they were, and need none; one with other settings than can be changed is refused.
     version : int, optional
         An older version that was kept; by default the newest.
     progress : callable, optional
@@ -85,7 +85,7 @@ def load(
     ------
     SnapshotError
         If there is no snapshot, if a file of it is damaged or missing (the message names it), if it is of a newer
-        format, or does not fit `like`.
+        format, or does not fit `like` or `sampler`.
     ValueError, ImportError, MemoryError
         As `Storage` does, if there is no such backend, or it lacks a dtype or the memory; for a sampler where there is
         no replay buffer.

@@ -56,7 +56,7 @@ def save_snapshot(
     Parameters
     ----------
     path : path
-        A directory; it is made if it is not there.
+        A directory; it is made, with those above it, if it is not there.
     storages : dict of str to Storage
         Of one that was last saved to or loaded from the newest version at `path`, only the rows are written that
         were written since.
