@@ -10,10 +10,12 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 import cupy
+from numpy.typing import NDArray
 
-from anystore.leaf_table import THREADS, LeafTable, RowsOfLaunch, blocks_for, launches, slot_bits
+from anystore.leaf_table import THREADS, LeafTable, Placed, RowsOfLaunch, blocks_for, launches, slot_bits
 
 OPTIONS = ("--std=c++17",)
+_BLOCK = (THREADS,)
 
 
 class Stream(NamedTuple):
@@ -44,16 +46,28 @@ def _kernel(name: str) -> Any:
     return cupy.RawKernel(source(), name, OPTIONS)
 
 
-def gather(table: LeafTable, base: int, rows: RowsOfLaunch, stream: Stream | None = None) -> None:
+def gather(table: LeafTable | Placed, base: int, rows: RowsOfLaunch, stream: Stream | None = None) -> None:
     """Fill the batch of every leaf with the rows of its buffer."""
-    for blocks, launch in launches(table, base, rows):
-        _kernel("gather")((blocks,), (THREADS,), (launch,), stream=stream)
+    _move("gather", table, base, rows, stream)
 
 
-def scatter(table: LeafTable, base: int, rows: RowsOfLaunch, stream: Stream | None = None) -> None:
+def scatter(table: LeafTable | Placed, base: int, rows: RowsOfLaunch, stream: Stream | None = None) -> None:
     """Write the batch of every leaf to the rows of its buffer."""
-    for blocks, launch in launches(table, base, rows):
-        _kernel("scatter")((blocks,), (THREADS,), (launch,), stream=stream)
+    _move("scatter", table, base, rows, stream)
+
+
+def _move(name: str, table: LeafTable | Placed, base: int, rows: RowsOfLaunch, stream: Stream | None) -> None:
+    kernel = _kernel(name)
+    for launch in launches(table, base, rows):
+        if launch.passed is None:
+            launch.passed = (_by_value(launch.memory),)
+        kernel((launch.blocks,), _BLOCK, launch.passed, stream=stream)
+
+
+def _by_value(memory: NDArray[Any]) -> Any:
+    """What has CuPy pass this memory: by an undocumented class, since it looks an array's address up at each launch."""
+    pointer = getattr(getattr(cupy.cuda, "function", None), "CPointer", None)
+    return memory if pointer is None else pointer(memory.ctypes.data)
 
 
 def check(
@@ -66,7 +80,7 @@ def check(
     """
     _set_bytes(outside, 0, 16, stream)
     arguments = (index, dtype.itemsize, int(dtype.kind == "i"), count, capacity, rows, outside)
-    _kernel("check")((blocks_for(count),), (THREADS,), arguments, stream=stream)
+    _kernel("check")((blocks_for(count),), _BLOCK, arguments, stream=stream)
 
 
 def note_last_writes(rows: int, count: int, slots: int, order: int, stream: Stream | None = None) -> None:
@@ -76,8 +90,8 @@ def note_last_writes(rows: int, count: int, slots: int, order: int, stream: Stre
     """
     bits = slot_bits(count)
     _set_bytes(slots, 0xFF, slots_nbytes(count), stream)
-    _kernel("note_rows")((blocks_for(count),), (THREADS,), (rows, count, slots, bits), stream=stream)
-    _kernel("last_writes")((blocks_for(count),), (THREADS,), (rows, count, slots, bits, order), stream=stream)
+    _kernel("note_rows")((blocks_for(count),), _BLOCK, (rows, count, slots, bits), stream=stream)
+    _kernel("last_writes")((blocks_for(count),), _BLOCK, (rows, count, slots, bits, order), stream=stream)
 
 
 def _set_bytes(address: int, byte: int, nbytes: int, stream: Stream | None) -> None:

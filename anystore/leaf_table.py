@@ -5,6 +5,9 @@ A room of its own, apart from kernels.py, because it is plain NumPy: all of it i
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from numpy.typing import NDArray
 
 THREADS = 256
 """The threads of a block."""
+WIDEST_LANE = 16
+"""The most bytes that a thread moves at once."""
 LANES = 4
 """The lanes that a thread moves."""
 ALIGNMENT = 256
@@ -29,7 +34,6 @@ HEADER = struct.Struct("<qQQQqqii")
 MOST_LEAVES = (LAUNCH_BYTES - HEADER.size) // ENTRY.size
 """The most leaves that one launch moves."""
 _LAUNCH = np.dtype((np.void, LAUNCH_BYTES))
-_PADDING = bytes(LAUNCH_BYTES)
 _KEPT = 16
 """The batch sizes whose layout is kept."""
 
@@ -60,19 +64,95 @@ class RowsOfLaunch:
         return cls(rows.size, inside=rows.tobytes() + (b"" if order is None else order.tobytes()))
 
 
-@dataclass(slots=True)
-class LeafTable:
-    """The leaf table of each launch: one, unless it is too long for one; none, if there is nothing to move."""
+class Launch:
+    """What one launch takes by value: a header, the leaf table, and the rows if they are inside.
 
-    entries: list[bytes]
-    """For each launch its entries, one after the other."""
-    blocks: list[int]
-    """For each launch the number of its blocks."""
+    Attributes
+    ----------
+    blocks : int
+        The number of its blocks.
+    leaves : int
+        The number of leaves in its table.
+    memory : array
+        All of it; an array of size one is what CuPy passes by value (cupy #4829).
+    passed : object
+        What CuPy is given in its place, where kernels.py has found something that takes less time.
+    """
+
+    __slots__ = ("_batches", "_bytes", "_rows_at", "blocks", "leaves", "memory", "passed")
+
+    def __init__(self, entries: bytes, blocks: int) -> None:
+        self.blocks = blocks
+        self.memory = np.zeros(1, _LAUNCH)
+        self.passed: Any = None
+        self._bytes = self.memory.view(np.uint8).data
+        self.leaves = len(entries) // ENTRY.size
+        self._batches = np.ndarray(self.leaves, np.uint64, self.memory, HEADER.size + 8, (ENTRY.size,))
+        self._rows_at = HEADER.size + len(entries)
+        self._bytes[HEADER.size : self._rows_at] = entries
+
+    def place(self, batches: Sequence[int]) -> None:
+        """Have the batches of its leaves elsewhere."""
+        self._batches[:] = batches
+
+    def fill(self, base: int, rows: RowsOfLaunch) -> None:
+        """Have it move these rows, of a batch at this base."""
+        inside, count = rows.inside, rows.count
+        which = 0 if not inside else 1 if len(inside) == 8 * count else 3
+        HEADER.pack_into(self._bytes, 0, count, base, rows.rows, rows.order, rows.start, rows.step, self.leaves, which)
+        if inside:
+            self._bytes[self._rows_at : self._rows_at + len(inside)] = inside
+
+
+class LeafTable:
+    """The leaf table of each launch: one, unless it is too long for one; none, if there is nothing to move.
+
+    The launches are kept for the next call with this table. CUDA has copied what it takes by value when a launch
+    returns.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[tuple[bytes, int]] = []
+        self._free: list[list[Launch]] = []
+        """Those that nobody fills at the moment: as many as there were threads at it at once."""
 
     def add(self, entries: bytes, blocks: int) -> None:
-        """Add a launch."""
-        self.entries.append(entries)
-        self.blocks.append(blocks)
+        """Add a launch of so many blocks, by its entries, one after the other."""
+        self._tables.append((entries, blocks))
+
+    def take(self) -> list[Launch]:
+        """Launches that are the caller's own, until they are given back."""
+        try:
+            return self._free.pop()  # which no other thread, and no signal handler, comes into
+        except IndexError:
+            return [Launch(entries, blocks) for entries, blocks in self._tables]
+
+    def give_back(self, launches: list[Launch]) -> None:
+        """Have others take them."""
+        self._free.append(launches)
+
+
+@dataclass(slots=True)
+class Placed:
+    """A leaf table of batches that lie anywhere, each at an address of its own; launches are kept as with a LeafTable.
+
+    Only those that have bytes are in the table.
+    """
+
+    table: LeafTable
+    batches: Sequence[int]
+
+    def take(self) -> list[Launch]:
+        """Launches that are the caller's own, until they are given back."""
+        launches, first = self.table.take(), 0
+        for launch in launches:
+            launch.place(self.batches[first : first + launch.leaves])
+            first += launch.leaves
+        return launches
+
+    def give_back(self, launches: list[Launch]) -> None:
+        """Have others take them."""
+        self.table.give_back(launches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +162,8 @@ class Packed:
     nbytes: int
     offsets: tuple[int, ...]
     table: LeafTable
+    elsewhere: LeafTable
+    """The same for batches that are not in one block, but as well aligned; their places are yet to be written to it."""
 
 
 class Record:
@@ -109,23 +191,28 @@ class Record:
         packed = self._packed.get(count)
         if packed is None:
             nbytes, offsets = pack([count * width for width in self.widths])
-            packed = Packed(nbytes, offsets, self.table(offsets, self.widths, count))
+            packed = Packed(nbytes, offsets, *(self._table(offsets, self.widths, count) for _ in range(2)))
             if len(self._packed) >= _KEPT:
                 self._packed.clear()
             self._packed[count] = packed
         return packed
 
-    def table(self, batches: Sequence[int], steps: Sequence[int], count: int) -> LeafTable:
+    def table(self, batches: Sequence[int], steps: tuple[int, ...], count: int) -> LeafTable | Placed:
         """The leaf table for `count` rows, without the leaves that have no bytes.
 
         Parameters
         ----------
         batches : sequence of int
             Where the batch of each leaf starts, or how far behind the base of the launch, a multiple of ALIGNMENT.
-        steps : sequence of int
+        steps : tuple of int
             The bytes from row to row of each batch: the row's own, or 0 for a single row that goes to all.
         """
-        table = LeafTable([], [])
+        if steps == self.widths and functools.reduce(operator.or_, batches, 0) % WIDEST_LANE == 0:
+            return Placed(self.packed(count).elsewhere, tuple(itertools.compress(batches, self.widths)))
+        return self._table(batches, steps, count)
+
+    def _table(self, batches: Sequence[int], steps: Sequence[int], count: int) -> LeafTable:
+        table = LeafTable()
         entries, leaves, blocks = b"", 0, 0
         for buffer, batch, width, step in zip(self.addresses, batches, self.widths, steps):
             if width == 0 or count == 0:
@@ -150,17 +237,13 @@ def pack(sizes: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     return end, tuple(offsets)
 
 
-def launches(table: LeafTable, base: int, rows: RowsOfLaunch) -> Iterator[tuple[int, NDArray[Any]]]:
-    """For each launch the number of its blocks and what it takes by value.
-
-    An array of size one is what CuPy passes by value (cupy #4829).
-    """
-    inside = 0 if not rows.inside else 1 if len(rows.inside) == 8 * rows.count else 3
-    for entries, blocks in zip(table.entries, table.blocks):
-        leaves = len(entries) // ENTRY.size
-        header = HEADER.pack(rows.count, base, rows.rows, rows.order, rows.start, rows.step, leaves, inside)
-        launch = header + entries + rows.inside
-        yield blocks, np.frombuffer(launch + _PADDING[len(launch) :], _LAUNCH)
+def launches(table: LeafTable | Placed, base: int, rows: RowsOfLaunch) -> Iterator[Launch]:
+    """Each launch of a table, to be launched before the next is asked for."""
+    taken = table.take()
+    for launch in taken:
+        launch.fill(base, rows)
+        yield launch
+    table.give_back(taken)
 
 
 def first_of_run(rows: Any) -> int | None:
@@ -172,15 +255,14 @@ def first_of_run(rows: Any) -> int | None:
 
 def sent_ahead(record: Record, rows: Any, order: Any) -> NDArray[np.intp] | None:
     """Rows of the host that a launch has no room for, with their order behind them; None if nothing is sent ahead."""
-    if not isinstance(rows, np.ndarray):
+    if not isinstance(rows, np.ndarray) or record.carries(rows.size if order is None else 2 * rows.size):
         return None
-    flat = rows.reshape(-1) if order is None else np.concatenate([rows.reshape(-1), order])
-    return None if record.carries(flat.size) else flat
+    return rows.reshape(-1) if order is None else np.concatenate([rows.reshape(-1), order])
 
 
 def widest_lane(bits: int) -> int:
     """The largest power of two, up to 16 bytes, that divides all the addresses and lengths that were or-ed together."""
-    bits |= 16
+    bits |= WIDEST_LANE
     return bits & -bits
 
 

@@ -26,7 +26,7 @@ import array_api_compat.numpy
 import numpy as np
 
 import anystore.backends
-from anystore.leaf_table import HEADER, THREADS
+from anystore.leaf_table import HEADER, LAUNCH_BYTES, THREADS
 from tests import reference
 
 MODULES = (
@@ -238,6 +238,19 @@ def by_reference(name: str, blocks: int, *arguments: Any) -> None:
     reference.KERNELS[name](blocks, *arguments)
 
 
+class CPointer:
+    """The address of a launch that is passed by value."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+
+def _by_value(argument: Any) -> Any:
+    if isinstance(argument, CPointer):
+        return np.frombuffer(ctypes.string_at(argument.address, LAUNCH_BYTES), (np.void, LAUNCH_BYTES))
+    return argument.copy()
+
+
 class RawKernel:
     """A kernel by name; `run` does its work."""
 
@@ -258,7 +271,7 @@ class RawKernel:
         assert type(blocks) is int
         assert 0 < blocks < 2**31
         # By value: what becomes of the caller's own afterwards does not matter.
-        taken = [argument.copy() if isinstance(argument, np.ndarray) else argument for argument in arguments]
+        taken = [argument if isinstance(argument, int) else _by_value(argument) for argument in arguments]
         for argument in taken:
             if isinstance(argument, np.ndarray):
                 assert argument.size == 1
@@ -522,6 +535,7 @@ def module() -> types.ModuleType:
             alloc=MemoryPointer,
             alloc_pinned_memory=alloc_pinned_memory,
             is_available=lambda: True,
+            function=types.SimpleNamespace(CPointer=CPointer),
             runtime=types.SimpleNamespace(
                 getDevice=lambda: _here.device,
                 getDeviceCount=lambda: 2,

@@ -71,18 +71,18 @@ class TestKernels:
         packed = ours.packed(count)
         batch = aligned(packed.nbytes, 0)
         batch_there = self.on_device(batch)
-        for blocks, launch in launches(packed.table, batch.ctypes.data, RowsOfLaunch(count, rows.ctypes.data)):
-            reference.gather(blocks, launch)
+        for launch in launches(packed.table, batch.ctypes.data, RowsOfLaunch(count, rows.ctypes.data)):
+            reference.gather(launch.blocks, launch.memory)
         chosen = RowsOfLaunch.of(rows) if inside else RowsOfLaunch(count, rows_there.data.ptr)
         kernels.gather(theirs.packed(count).table, batch_there.data.ptr, chosen)
         assert batch_there.get().tobytes() == batch.tobytes()
 
-        steps = [width if rng.integers(3) else 0 for width in widths]
+        steps = tuple(width if rng.integers(3) else 0 for width in widths)
         values = [aligned(max(count, 1) * width, offset) for width, offset in zip(widths, reversed(offsets))]
         values_there = [self.on_device(value, offset) for value, offset in zip(values, reversed(offsets))]
         table = ours.table([value.ctypes.data for value in values], steps, count)
-        for blocks, launch in launches(table, 0, RowsOfLaunch(count, rows.ctypes.data, order.ctypes.data)):
-            reference.scatter(blocks, launch)
+        for launch in launches(table, 0, RowsOfLaunch(count, rows.ctypes.data, order.ctypes.data)):
+            reference.scatter(launch.blocks, launch.memory)
         chosen = RowsOfLaunch(count, rows_there.data.ptr, order_there.data.ptr)
         chosen = RowsOfLaunch.of(rows, order) if inside else chosen
         kernels.scatter(theirs.table([value.data.ptr for value in values_there], steps, count), 0, chosen)

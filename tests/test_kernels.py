@@ -57,12 +57,11 @@ class TestLeafTable:
     def test_numbers_beyond_32_bits(self):
         record = Record([2**46], [2**40])
         (launch,) = launches(
-            record.table([2**45], [2**40], 2**20), 2**44, RowsOfLaunch(2**20, start=2**50, step=-(2**33))
+            record.table([2**45], (2**40,), 2**20), 2**44, RowsOfLaunch(2**20, start=2**50, step=-(2**33))
         )
-        blocks, launch = launch
-        assert blocks == 2**20 * 2**40 // 16 // (THREADS * LANES)
-        assert HEADER.unpack_from(launch.tobytes())[:6] == (2**20, 2**44, 0, 0, 2**50, -(2**33))
-        assert reference.leaves_of(launch).tolist() == [(2**46, 2**45, 2**40, 2**40, 0, 16)]
+        assert launch.blocks == 2**20 * 2**40 // 16 // (THREADS * LANES)
+        assert HEADER.unpack_from(launch.memory.tobytes())[:6] == (2**20, 2**44, 0, 0, 2**50, -(2**33))
+        assert reference.leaves_of(launch.memory).tolist() == [(2**46, 2**45, 2**40, 2**40, 0, 16)]
 
     def test_leaves_of_a_batch_are_aligned_and_apart(self):
         nbytes, offsets = leaf_table.pack([1, 0, 256, 257, 4])
@@ -76,7 +75,21 @@ class TestLeafTable:
         for count in range(100):
             record.packed(count)
         assert record.packed(256) is not packed
-        assert record.packed(256).table == packed.table
+
+    def test_a_launch_is_used_again_unless_somebody_is_at_it(self):
+        record = Record([4096, 8192, 512], [4, 0, 16])
+        rows, batches = RowsOfLaunch.of(np.array([3, 5])), (1 << 20, 1 << 21, 1 << 22)
+        for table, places in ((record.packed(2).table, [0, 256]), (record.table(batches, (4, 0, 16), 2), batches[::2])):
+            first = launches(table, 0, rows)
+            launch = next(first)
+            (other,) = launches(table, 512, RowsOfLaunch(2, 1 << 30))
+            assert other is not launch
+            assert reference.leaves_of(launch.memory)["batch"].tolist() == list(places)
+            assert HEADER.unpack_from(launch.memory.tobytes()) == (2, 0, 0, 0, 0, 0, 2, 1)
+            assert HEADER.unpack_from(other.memory.tobytes()) == (2, 512, 1 << 30, 0, 0, 0, 2, 0)
+            assert list(first) == []
+            assert list(launches(table, 0, rows)) == [launch]
+        assert record.packed(2).table.take() is not record.packed(2).elsewhere.take()
 
     def test_nothing_to_move_takes_no_launch(self):
         for record, count in ((Record([512, 512], [0, 0]), 5), (Record([512], [4]), 0), (Record([], []), 3)):
@@ -90,11 +103,11 @@ class TestLeafTable:
         moved = [i for i in range(leaves) if i % 30]
         found = list(launches(record.packed(7).table, 0, RowsOfLaunch(7)))
         assert len(found) == -(-len(moved) // 101)
-        assert all(launch.nbytes == 4096 and launch.size == 1 for _, launch in found)
-        tables = [reference.leaves_of(launch) for _, launch in found]
+        assert all(launch.memory.nbytes == 4096 and launch.memory.size == 1 for launch in found)
+        tables = [reference.leaves_of(launch.memory) for launch in found]
         assert [int(buffer) // 4096 - 1 for table in tables for buffer in table["buffer"]] == moved
-        for (blocks, _), table in zip(found, tables, strict=True):
-            shares = np.diff(np.append(table["first_block"], blocks))
+        for launch, table in zip(found, tables, strict=True):
+            shares = np.diff(np.append(table["first_block"], launch.blocks))
             assert table["first_block"][0] == 0
             assert (shares > 0).all()
 
@@ -105,9 +118,9 @@ class TestLeafTable:
         assert not record.carries(most + 1)
         assert not Record([512] * 200, [4] * 200).carries(1)
         rows = np.arange(most)
-        ((_, launch),) = launches(record.packed(most).table, 0, RowsOfLaunch.of(rows))
-        assert launch.nbytes == 4096
-        assert launch.tobytes()[-8:] == rows[-1].tobytes()
+        (launch,) = launches(record.packed(most).table, 0, RowsOfLaunch.of(rows))
+        assert launch.memory.nbytes == 4096
+        assert launch.memory.tobytes()[-8:] == rows[-1].tobytes()
 
     def test_slots_are_twice_as_many_as_rows(self):
         for count in (1, 2, 3, 4, 5, 1000, 2**20):
@@ -169,8 +182,8 @@ class TestKernelsOnACpu:
         block = aligned(packed.nbytes, 0)
         before = block.copy()
         carried = record.carries(len(rows)) and data.draw(st.booleans())
-        for blocks, launch in launches(packed.table, block.ctypes.data, of_launch(rows, None, carried)):
-            run("gather", blocks, launch)
+        for launch in launches(packed.table, block.ctypes.data, of_launch(rows, None, carried)):
+            run("gather", launch.blocks, launch.memory)
         for width, buffer, offset in zip(widths, buffers, packed.offsets):
             size = len(rows) * width
             expected = buffer.reshape(capacity, width)[np.asarray(rows, np.intp)]
@@ -197,11 +210,11 @@ class TestKernelsOnACpu:
         last = {row: i for i, row in enumerate(index.tolist())}
         order = None if len(last) == count else np.array([last[row] for row in index.tolist()], np.intp)
         record = Record([buffer.ctypes.data for buffer in buffers], widths)
-        steps = [width if each else 0 for width, each in zip(widths, whole)]
+        steps = tuple(width if each else 0 for width, each in zip(widths, whole))
         table = record.table([value.ctypes.data for value in values], steps, count)
         carried = record.carries(2 * count) and data.draw(st.booleans())
-        for blocks, launch in launches(table, 0, of_launch(rows, order, carried)):
-            run("scatter", blocks, launch)
+        for launch in launches(table, 0, of_launch(rows, order, carried)):
+            run("scatter", launch.blocks, launch.memory)
         for buffer, model in zip(buffers, expected):
             assert buffer.tobytes() == model.tobytes()
 

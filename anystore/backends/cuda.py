@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from anystore import kernels
 from anystore.backends.base import Array, Backend
 from anystore.convert import on_gpu
-from anystore.leaf_table import LeafTable, Record, RowsOfLaunch, sent_ahead
+from anystore.leaf_table import LeafTable, Placed, Record, RowsOfLaunch, sent_ahead
 from anystore.moves import last_writes, leading_shape
 from anystore.rows import Rows, out_of_range
 from anystore.specs import as_dtype
@@ -186,7 +186,7 @@ class CudaBackend(Backend):
         count = math.prod(leading_shape(rows))
         self._gather(record, record.table([self._address(leaf) for leaf in leaves], record.widths, count), 0, rows)
 
-    def _gather(self, record: Record, table: LeafTable, base: int, rows: Rows) -> None:
+    def _gather(self, record: Record, table: LeafTable | Placed, base: int, rows: Rows) -> None:
         ahead = sent_ahead(record, rows, None)
         sent = None if ahead is None else self._send([ahead])  # to be held until the launch
         at = 0 if sent is None else sent.addresses[0]

@@ -128,7 +128,7 @@ class CupyBackend(CudaBackend):
             memory = cupy.cuda.alloc(max(packed.nbytes, 1))
             self._gather(buffers.record, packed.table, memory.ptr, rows)
             return [
-                cupy.ndarray(lead + shape, dtype, memory + offset)
+                _array_at(lead + shape, dtype, memory + offset)
                 for (shape, dtype), offset in zip(buffers.specs, packed.offsets)
             ]
 
@@ -280,6 +280,18 @@ class CupyRandom(Random):
         for high, count in state["drawn"]:
             restored._draw(high, count)
         vars(self).update(vars(restored))
+
+
+def _array_at(shape: tuple[int, ...], dtype: Any, memory: Any) -> Array:
+    """What ``cupy.ndarray(shape, dtype, memory)`` is, without the layer in Python that takes as long as the rest."""
+    array = _BASE.__new__(cupy.ndarray)
+    array._init(shape, dtype, memory)
+    return array
+
+
+_BASE: Any = cupy.ndarray.__mro__[1]
+if not hasattr(_BASE, "_init"):  # which is undocumented
+    _array_at = cupy.ndarray
 
 
 def _taken_over(array: Any) -> Array:
