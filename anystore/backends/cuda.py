@@ -193,9 +193,34 @@ class CudaBackend(Backend):
         kernels.gather(table, base, self._of_launch(rows, None, at), self._stream())
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
-        """Nothing, save that what an earlier write noted that was refused is not kept any longer."""
-        self._borrowed.forget()
-        return False
+        """Write a whole batch of the library's own arrays, if they are so plain that a glance tells."""
+        self._borrowed.forget()  # what an earlier write noted that was refused
+        buffers, lead = self.together(buffers), leading_shape(rows)
+        batches = self._plain(leaves, buffers, lead)
+        if batches is None or 0 in lead:
+            return False
+        with self.here():
+            order = self._order(rows, math.prod(lead))
+            ahead = sent_ahead(buffers.record, rows, order)
+            sent = Sent(None, [0]) if ahead is None else self._send([ahead])
+            self._move(buffers.record, rows, order, batches, buffers.record.widths, sent.addresses[-1])
+        return True
+
+    def _plain(self, leaves: Sequence[Any], buffers: Buffers, lead: tuple[int, ...]) -> list[int] | None:
+        """The addresses of leaves that are read where they are, as they are; None if one of them may not be."""
+        addresses = []
+        for leaf, (shape, dtype) in zip(leaves, buffers.specs):
+            if not self._is_plain(leaf, lead + shape, dtype):
+                return None
+            address = self._address(leaf)
+            if buffers.overlap(address, leaf.nbytes):
+                return None
+            addresses.append(address)
+        return addresses
+
+    @abstractmethod
+    def _is_plain(self, leaf: Any, shape: tuple[int, ...], dtype: Any) -> bool:
+        """Whether a leaf is a contiguous array of the library's own on this device, of this shape and dtype."""
 
     def scatter(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Array]) -> None:
         """Write a leaf to the rows of each buffer; those that are NumPy arrays are sent in one copy."""
@@ -218,10 +243,16 @@ class CudaBackend(Backend):
             width if leaf.ndim == len(lead) + len(shape) else 0
             for leaf, width, (shape, _) in zip(leaves, record.widths, buffers.specs)
         )
+        self._move(record, rows, order, batches, steps, 0 if ahead is None else sent.addresses[-1])
+
+    def _move(
+        self, record: Record, rows: Rows, order: Any, batches: Sequence[int], steps: tuple[int, ...], sent: int
+    ) -> None:
+        """Scatter batches from their addresses; `sent` is that of rows that were sent ahead, or 0."""
+        count = math.prod(leading_shape(rows))
         if (count == 1 or steps == record.widths) and self._copied(record, rows, count, 0, batches):
             return
-        at = 0 if ahead is None else sent.addresses[-1]
-        kernels.scatter(record.table(batches, steps, count), 0, self._of_launch(rows, order, at), self._stream())
+        kernels.scatter(record.table(batches, steps, count), 0, self._of_launch(rows, order, sent), self._stream())
 
     def _copied(self, record: Record, rows: Rows, count: int, base: int, batches: Sequence[int]) -> bool:
         """Write whole batches, so far behind a base, if that takes no launch; else write nothing and return False."""

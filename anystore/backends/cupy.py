@@ -112,6 +112,11 @@ class CupyBackend(CudaBackend):
     def _is_contiguous(self, array: Array) -> bool:
         return bool(array.flags.c_contiguous)
 
+    def _is_plain(self, leaf: Any, shape: tuple[int, ...], dtype: Any) -> bool:
+        if type(leaf) is not cupy.ndarray or leaf.dtype != dtype or leaf.shape != shape:
+            return False
+        return leaf.device == self._device and self._is_contiguous(leaf)
+
     def _copy(self, array: Array) -> Array:
         return array.copy()
 
@@ -133,8 +138,9 @@ class CupyBackend(CudaBackend):
             ]
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
-        """Write a whole batch that is on the host: checked and packed in one go, sent in one copy."""
-        super().scatter_as_is(buffers, rows, leaves)
+        """Write a whole batch; one that is on the host is checked and packed in one go, and sent in one copy."""
+        if super().scatter_as_is(buffers, rows, leaves):
+            return True
         buffers, lead = self.together(buffers), leading_shape(rows)
         record, count = buffers.record, math.prod(lead)
         packed = record.packed(count)

@@ -74,6 +74,11 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
     def _is_contiguous(self, array: torch.Tensor) -> bool:
         return is_its_memory(array)
 
+    def _is_plain(self, leaf: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        if type(leaf) is not torch.Tensor or leaf.dtype is not dtype or leaf.shape != shape:
+            return False
+        return leaf.device == self._device and leaf.layout is torch.strided and is_its_memory(leaf)
+
     def _copy(self, array: torch.Tensor) -> torch.Tensor:
         return array.clone(memory_format=torch.contiguous_format)
 
