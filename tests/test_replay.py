@@ -1103,6 +1103,22 @@ class ReplayContract:
             "what is not of the last step is of the first"
         )
 
+    @pytest.mark.parametrize("shared", [None, {"next/obs": "obs"}], ids=str)
+    def test_all_that_an_action_leads_to_in_one_part(self, shared: Any) -> None:
+        """As TorchRL has it: the flags and the reward are among what follows."""
+        number = ArraySpec((), "float32")
+        spec = {"obs": number, "next": {"obs": number, "reward": number, "done": FLAG}}
+        names = {"reward": "next/reward", "terminated": "next/done", "following": "next"}
+        buffer = self.make(5, spec, shared=shared, **names)
+        step = np.arange(5, dtype=np.float32)
+        buffer.extend({"obs": step, "next": {"obs": step + 1, "reward": step, "done": step == 3}})
+        (sample,) = buffer.one_pass(5, n_step=3, discount=0.5)
+        order = np.argsort(to_numpy(sample.rows))
+        assert to_numpy(sample.items["obs"])[order].tolist() == [0, 1, 2, 3, 4]
+        assert to_numpy(sample.items["next"]["obs"])[order].tolist() == [3, 4, 4, 4, 5]
+        assert to_numpy(sample.items["next"]["reward"])[order].tolist() == [1, 2.75, 3.5, 3, 4]
+        assert to_numpy(sample.discounts)[order].tolist() == [0.125, 0, 0, 0, 0.5]
+
     @pytest.mark.parametrize("discount", [0, 1, 0.99, 1.0])
     def test_discounts(self, discount: float) -> None:
         buffer = self.stepped(4)

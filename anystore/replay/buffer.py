@@ -694,7 +694,8 @@ class ReplayBuffer:
         assert terminated is not None
         given, taken = self._backend.from_bookkeeping, self._backend.to_bookkeeping
         steps, mask = self._windows.padded(places, n_step)
-        parts = self._layout.read(steps[:, -1], (*self._roles.following, *self._roles.flags))
+        last = tuple(dict.fromkeys((*self._roles.following, *self._roles.flags)))  # flags may be part of what follows
+        parts = self._layout.read(steps[:, -1], last)
         rewards, ended = taken(self._layout.read(steps, (reward,))[reward]), taken(parts[terminated])
         parts[reward], discounts = map(given, self._windows.returns(rewards, mask, ended, discount))
         parts |= self._layout.read(places, tuple(path for path in self._nest.paths if path not in parts))
