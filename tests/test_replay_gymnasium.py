@@ -920,6 +920,22 @@ def test_a_space_without_a_fixed_shape_is_refused_by_the_path_of_the_user_s():
         transition_spec(Talking())
 
 
+def test_tells_whether_the_item_of_a_single_environment_is_the_first():
+    env = pytest.importorskip("gymnasium").make("CartPole-v1")
+    recorder = Recorder(ReplayBuffer(transition_spec(env), 300), env)
+    recorder.reset(*env.reset(seed=0))
+    seen = []
+    for _ in range(30):
+        seen.append(recorder.is_first.tolist())
+        stepped = env.step(1)
+        recorder.step(1, *stepped)
+        if stepped[2]:
+            recorder.reset(*env.reset())
+    assert recorder.is_first.shape == ()
+    assert np.flatnonzero(seen).tolist() == np.cumsum([0, *recorder.lengths])[: sum(seen)].tolist()
+    assert sum(seen) == 1 + recorder.episodes > 2
+
+
 @needs_modes
 @pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
 def test_tells_which_items_are_the_first_of_their_episodes(mode):

@@ -276,7 +276,7 @@ class Recorder:
             What it returned; of arrays of any library, on any device.
         **others : nest
             The parts of the spec that are not Gymnasium's, as for `action`. What they have for an environment that this
-            step only resets is left out with all the rest; what is stored first, `is_first` tells.
+            step only resets is left out with all the rest; which items are the first of an episode, `is_first` tells.
 
         Raises
         ------
