@@ -345,8 +345,12 @@ def open_all(rig: Rig, workload: Workload, kinds: list[type[Subject]], absent: d
                 raise ImportError("torch has no GPU here, or is not installed")
             subjects.append(kind(rig, workload))
         except Exception as error:
-            absent[kind.name] = f"{type(error).__name__}: {error}"[:200]
+            absent[kind.name] = _said(error)
     return subjects
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 # What is measured ---------------------------------------------------------------------------------------------------
@@ -389,7 +393,7 @@ def prepared(rig: Rig, subject: Any, workload: Workload, size: int) -> dict[str,
     try:
         return operations(rig, subject, workload, size)
     except Exception as error:
-        print(f"  {subject.name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
+        print(f"  {subject.name}: {_said(error)}", file=sys.stderr)
         return {}
 
 
@@ -401,13 +405,13 @@ def in_turn(rig: Rig, calls: dict[str, Callable[[int], object]]) -> Figures:
             counts[name] = rig.calls_in(SECONDS, call)
             took[name] = ([], [])
         except Exception as error:
-            print(f"  {name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
+            print(f"  {name}: {_said(error)}", file=sys.stderr)
     for each in range(ROUNDS):
         for name, (wall, device) in list(took.items()):
             try:
                 one, other = rig.timed(calls[name], counts[name], each * 7)
             except Exception as error:
-                print(f"  {name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
+                print(f"  {name}: {_said(error)}", file=sys.stderr)
                 del took[name]
                 continue
             wall.append(one * 1e6)
@@ -480,6 +484,7 @@ def goals(figures: Figures) -> list[Figures]:
     found: list[Figures] = []
 
     def add(what: str, goal: float, value: float | None, least: bool = True) -> None:
+        value = None if figures["dry run"] else value
         reached = None if value is None else value >= goal if least else value <= goal
         found.append({"what": what, "goal": goal, "found": value, "reached": reached, "at least": least})
 
@@ -705,10 +710,8 @@ def measure(rig: Rig, minutes: float, folder: Path, with_tests: bool) -> Figures
         try:
             into[name] = make()
         except Exception as error:
-            figures["errors"][name] = f"{type(error).__name__}: {error}"[:300]
-        figures["goals"] = [
-            {**goal, **({"found": None, "reached": None} if rig.dry else {})} for goal in goals(figures)
-        ]
+            figures["errors"][name] = _said(error)
+        figures["goals"] = goals(figures)
         write(figures, folder)
 
     if with_tests:

@@ -187,10 +187,13 @@ class CudaBackend(Backend):
         self._gather(record, record.table([self._address(leaf) for leaf in leaves], record.widths, count), 0, rows)
 
     def _gather(self, record: Record, table: LeafTable | Placed, base: int, rows: Rows) -> None:
-        ahead = sent_ahead(record, rows, None)
-        sent = None if ahead is None else self._send([ahead])  # to be held until the launch
-        at = 0 if sent is None else sent.addresses[0]
-        kernels.gather(table, base, self._of_launch(rows, None, at), self._stream())
+        sent = self._send_ahead(record, rows, None)
+        kernels.gather(table, base, self._of_launch(rows, None, sent.addresses[0]), self._stream())
+
+    def _send_ahead(self, record: Record, rows: Rows, order: Any) -> Sent:
+        """Rows that a launch has no room for, and their order, to be held until it is launched; at 0 if none are."""
+        ahead = sent_ahead(record, rows, order)
+        return Sent(None, [0]) if ahead is None else self._send([ahead])
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
         """Write a whole batch of the library's own arrays, if they are so plain that a glance tells."""
@@ -201,9 +204,8 @@ class CudaBackend(Backend):
             return False
         with self.here():
             order = self._order(rows, math.prod(lead))
-            ahead = sent_ahead(buffers.record, rows, order)
-            sent = Sent(None, [0]) if ahead is None else self._send([ahead])
-            self._move(buffers.record, rows, order, batches, buffers.record.widths, sent.addresses[-1])
+            sent = self._send_ahead(buffers.record, rows, order)
+            self._move(buffers.record, rows, order, batches, buffers.record.widths, sent.addresses[0])
         return True
 
     def _plain(self, leaves: Sequence[Any], buffers: Buffers, lead: tuple[int, ...]) -> list[int] | None:

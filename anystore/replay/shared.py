@@ -141,7 +141,7 @@ class Shared(Plain):
         self._ended: list[tuple[int, int]] = []  # a heap of the last item of an episode, and its record
         self._record = np.full(self._lanes.count, -1, np.int64)
         self._change: _Change | None = None
-        self._strangers, self._written, self._most_strangers = 0, 0, _STRANGERS * self._lanes.count
+        self._strangers = self._written = 0
         # What the next item of a lane begins with, if it goes on.
         self._expected = {
             each.path: np.zeros((self._lanes.count, *each.spec.shape), each.spec.dtype) for each in self._observations
@@ -257,7 +257,7 @@ class Shared(Plain):
         self._written += count
 
     def warn(self) -> None:
-        if self._strangers >= self._most_strangers and 2 * self._strangers > self._written:
+        if self._strangers >= _STRANGERS * self._lanes.count and 2 * self._strangers > self._written:
             self._strangers = -(2**62)  # once is enough
             warnings.warn(
                 "most items do not begin with what followed the one before in their lane, though no episode ended "
