@@ -165,6 +165,7 @@ class MemoryPointer:
     def __init__(self, nbytes: int) -> None:
         assert nbytes > 0
         self.memory = np.full(nbytes + 512, 0xA5, np.uint8)
+        self.mem = types.SimpleNamespace(memory=self.memory)
         self.offset = -self.memory.ctypes.data % 512
         self.ptr = self.memory.ctypes.data + self.offset
         self.device_id = _here.device
@@ -177,7 +178,7 @@ class MemoryPointer:
 
     def __add__(self, offset: int) -> MemoryPointer:
         other = MemoryPointer.__new__(MemoryPointer)
-        other.memory, other.device_id = self.memory, self.device_id
+        other.memory, other.mem, other.device_id = self.memory, self.mem, self.device_id
         other.offset, other.ptr = self.offset + offset, self.ptr + offset
         return other
 
@@ -324,7 +325,8 @@ class ndarray:  # noqa: N801  # CuPy's name
 
     @property
     def data(self) -> MemoryPointer:
-        return self._data + (self._array.ctypes.data - self._data.ptr if self._array.size else 0)
+        offset = self._array.ctypes.data - self._data.ptr if self._array.size else 0
+        return self._data + offset if offset else self._data
 
     def _check_device(self) -> None:
         assert self._data.device_id == _here.device, "the current device is not the array's own"

@@ -148,6 +148,20 @@ class TestCupyOnAGpu:
         assert len({leaf.data.mem.ptr for leaf in leaves}) == 1
         assert all(leaf.data.ptr % 256 == 0 and leaf.flags.c_contiguous for leaf in leaves)
 
+    def test_batches_are_given_out_again_when_nobody_holds_them(self):
+        store = self.make({"x": ArraySpec((), "int64"), "y": ArraySpec((2,), "int64")})
+        store.set(..., {"x": np.arange(100), "y": np.stack([np.arange(100)] * 2, 1)})
+        kept, addresses = [], set()
+        for i in range(90):
+            batch = store.get(np.arange(i, i + 10))
+            addresses.add(batch["x"].data.ptr)
+            if i % 10 == 0:
+                kept.append((i, batch["x"][2:], batch["y"].reshape(-1)))
+        assert len(addresses) == len(kept) + 4
+        for i, x, y in kept:
+            assert x.tolist() == list(range(i + 2, i + 10))
+            assert y.tolist() == np.repeat(np.arange(i, i + 10), 2).tolist()
+
     def test_pinned_memory_is_not_used_again_before_it_was_sent(self):
         store = self.make(ArraySpec((100_000,), "float32"), 64)
         scratch = np.empty((1, 100_000), np.float32)

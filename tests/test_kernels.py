@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 import weakref
 from typing import Any
 
@@ -687,6 +688,124 @@ class TestCupyBackend:
         store.resize(120)
         store.set([110], {key: leaf[:1] for key, leaf in values.items()})
         assert_same(part.get(110), {key: values[key][0] for key in ("leaf003", "leaf007")})
+
+
+class TestBatchesGivenOutAgain:
+    """A small batch that nobody holds may be given out again, and no other, on a stand-in."""
+
+    on_a_stand_in = True
+
+    @pytest.fixture(autouse=True)
+    def _installed(self, monkeypatch):
+        with stand_in.installed(monkeypatch) as self.cupy:
+            yield
+
+    def make(self, spec: Any = None, capacity: int = 100) -> Storage:
+        spec = {"x": ArraySpec((3,), "float32"), "y": ArraySpec((), "uint8")} if spec is None else spec
+        return Storage(spec, capacity, backend="cupy")
+
+    def test_when_its_turn_comes(self):
+        store = self.make()
+        seen = []
+        for _ in range(12):
+            batch = store.get([1, 2])
+            seen.append([id(leaf) for leaf in batch.values()])
+        assert seen[4:] == seen[:8]
+        assert len({tuple(ids) for ids in seen}) == 4
+
+    def test_with_new_values_in_a_nest_of_its_own(self):
+        store = Storage({"x": ArraySpec((), "int64")}, 100, backend="cupy")
+        store.set(..., {"x": np.arange(100)})
+        kept = store.get([0, 1])
+        for i in range(1, 50):
+            batch = store.get([i, i - 1])
+            assert batch["x"].tolist() == [i, i - 1]
+            batch.clear()
+        assert kept["x"].tolist() == [0, 1]
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            lambda batch: batch["x"],
+            lambda batch: batch["y"],
+            lambda batch: batch["y"][1:],
+            lambda batch: batch["x"][1],
+            lambda batch: batch["x"].reshape(-1),
+            lambda batch: batch["x"].data,
+            lambda batch: batch["y"].data,
+            lambda batch: batch["x"].data + 4,
+            lambda batch: batch["y"].data.mem,
+        ],
+    )
+    def test_not_while_somebody_holds_a_part_of_it(self, part):
+        store = self.make()
+        held = []
+        for _ in range(10):
+            batch = store.get([1, 2])
+            address = batch["x"].data.ptr
+            held.append(part(batch))
+            del batch
+            addresses = set()
+            for _ in range(10):
+                addresses.add(store.get([3, 4])["x"].data.ptr)
+            assert address not in addresses
+            assert len(addresses) <= 5
+        assert len(held) == 10
+
+    def test_not_in_another_shape(self):
+        store = self.make({"x": ArraySpec((6,), "float32")})
+        for _ in range(10):
+            batch = store.get([1, 2])
+            assert batch["x"].shape == (2, 6)
+            batch["x"]._array.shape = (12,)  # as CuPy's arrays can be given one in place
+            assert [store.get(index)["x"].shape for index in (5, [5], [[1], [2]])] == [(6,), (1, 6), (2, 1, 6)]
+
+    def test_not_on_another_stream_or_thread(self):
+        store = self.make()
+        read = lambda: {store.get([1, 2])["x"].data.ptr for _ in range(10)}  # noqa: E731
+        first = read()
+        with self.cupy.cuda.Stream() as stream:
+            second = read()
+            stream.synchronize()
+        third: set[int] = set()
+        thread = threading.Thread(target=lambda: third.update(read()))
+        thread.start()
+        thread.join()
+        assert len(first) == len(second) == len(third) == 4
+        assert len(first | second | third) == 12
+
+    def test_not_a_large_one(self):
+        store = self.make({"x": ArraySpec((1 << 18,), "float32")}, 8)
+        first = weakref.ref(store.get([1, 2])["x"]._array)
+        for _ in range(2):
+            self.cupy.cuda.get_current_stream().run()
+        assert first() is None
+
+    def test_threads_that_keep_some(self):
+        store = Storage({"x": ArraySpec((), "int64"), "y": ArraySpec((2,), "int64")}, 1000, backend="cupy")
+        store.set(..., {"x": np.arange(1000), "y": np.stack([np.arange(1000)] * 2, 1)})
+        errors: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            rng, kept = np.random.default_rng(seed), []
+            try:
+                for _ in range(60):
+                    rows = rng.integers(0, 1000, 3)
+                    kept.append((rows.tolist(), store.get(rows)))
+                    if len(kept) > 4:
+                        del kept[rng.integers(len(kept))]
+                    for rows_then, batch in kept:
+                        assert batch["x"].tolist() == rows_then
+                        assert batch["y"].tolist() == [[row, row] for row in rows_then]
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
 
 
 class TestStandIn:

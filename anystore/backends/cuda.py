@@ -8,7 +8,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,11 @@ from anystore.rows import Rows, out_of_range
 from anystore.specs import as_dtype
 from anystore.staging import Sent
 
+T = TypeVar("T")
+_KEPT = 16
+"""The kinds of batches of which something is kept."""
+_NOTHING_SENT = Sent(None, [0])
+
 
 class Buffers(list[Array]):
     """The buffers of one storage, with what every call needs to know of them.
@@ -32,8 +37,6 @@ class Buffers(list[Array]):
         The shape of a row of each, and its dtype.
     record : Record
         Where they are, and how wide.
-    models : dict
-        For the shapes of batches that were read lately, arrays to make their leaves like, if the library does that.
     """
 
     def __init__(self, buffers: Sequence[Array], address_of: Callable[[Array], int]) -> None:
@@ -41,9 +44,19 @@ class Buffers(list[Array]):
         self.specs = [(tuple(buffer.shape[1:]), buffer.dtype) for buffer in buffers]
         addresses = [address_of(buffer) for buffer in buffers]
         self.record = Record(addresses, [math.prod(shape) * dtype.itemsize for shape, dtype in self.specs])
-        self.models: dict[tuple[int, ...], list[Array]] = {}
+        self._made: dict[Any, Any] = {}
         spans = sorted((start, start + buffer.nbytes) for start, buffer in zip(addresses, buffers) if buffer.nbytes)
         self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
+
+    def lately(self, kind: Any, make: Callable[[], T]) -> T:
+        """What was made for a kind of batch when one was last read, or is made now."""
+        made: T | None = self._made.get(kind)
+        if made is None:
+            made = make()
+            if len(self._made) >= _KEPT:
+                self._made.clear()
+            self._made[kind] = made
+        return made
 
     def overlap(self, start: int, nbytes: int) -> bool:
         """Whether any of so many bytes at this address are those of a buffer; buffers do not overlap one another."""
@@ -193,7 +206,7 @@ class CudaBackend(Backend):
     def _send_ahead(self, record: Record, rows: Rows, order: Any) -> Sent:
         """Rows that a launch has no room for, and their order, to be held until it is launched; at 0 if none are."""
         ahead = sent_ahead(record, rows, order)
-        return Sent(None, [0]) if ahead is None else self._send([ahead])
+        return _NOTHING_SENT if ahead is None else self._send([ahead])
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
         """Write a whole batch of the library's own arrays, if they are so plain that a glance tells."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 
 from anystore import kernels
 from anystore.backends.base import Array, no_dtype, parse_device, resolve_device
-from anystore.backends.cuda import Borrowed, CudaBackend
+from anystore.backends.cuda import Borrowed, Buffers, CudaBackend
 from anystore.backends.random import Random, seed_sequence
+from anystore.backends.spares import LARGEST, Spare, Spares
 from anystore.convert import library_of, on_gpu, to_numpy
-from anystore.leaf_table import Record, first_of_run, sent_ahead
+from anystore.leaf_table import Packed, Record, first_of_run, sent_ahead
 from anystore.moves import basic_index, leading_shape
 from anystore.rows import Rows
 from anystore.specs import as_dtype, is_extension
@@ -53,7 +55,9 @@ class CupyBackend(CudaBackend):
     and `set` return before it is done. They wait for one thing only: rows that live on a GPU are checked there, which
     takes a synchronisation.
 
-    The leaves that `get` returns lie in one allocation, which is given back when the last of them is gone.
+    The leaves that `get` returns lie in one allocation, which is given back when the last of them is gone. Those of a
+    small batch may be given out again then, by a later `get` of the same shape on the same stream and thread; the
+    last four of each shape are kept for that.
 
     Host values have been copied when `set` returns. Values on a GPU are read in place, later: whoever changes one on
     another stream than that on which it was stored lets that stream wait for the other first. The same is owed by
@@ -130,12 +134,16 @@ class CupyBackend(CudaBackend):
         buffers, lead = self.together(buffers), leading_shape(rows)
         packed = buffers.record.packed(math.prod(lead))
         with self.here():
-            memory = cupy.cuda.alloc(max(packed.nbytes, 1))
-            self._gather(buffers.record, packed.table, memory.ptr, rows)
-            return [
-                _array_at(lead + shape, dtype, memory + offset)
-                for (shape, dtype), offset in zip(buffers.specs, packed.offsets)
-            ]
+            spares = Spares() if packed.nbytes > LARGEST else self._spares(buffers, lead)
+            batch = spares.take() or _new_batch(packed, buffers.specs, lead)
+            self._gather(buffers.record, packed.table, batch.address, rows)
+            return spares.lend(batch)
+
+    def _spares(self, buffers: Buffers, lead: tuple[int, ...]) -> Spares:
+        # As CuPy's pool, and for the same reasons: of each stream, and of each thread where all use one address for
+        # their own default streams (cupy #5069).
+        kind = lead, cupy.cuda.get_current_stream().ptr, threading.get_ident()
+        return buffers.lately(kind, Spares)
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
         """Write a whole batch; one that is on the host is checked and packed in one go, and sent in one copy."""
@@ -286,6 +294,12 @@ class CupyRandom(Random):
         for high, count in state["drawn"]:
             restored._draw(high, count)
         vars(self).update(vars(restored))
+
+
+def _new_batch(packed: Packed, specs: Specs, lead: tuple[int, ...]) -> Spare:
+    memory = cupy.cuda.alloc(max(packed.nbytes, 1))
+    places = zip(specs, packed.offsets)
+    return Spare(memory, [_array_at(lead + shape, dtype, memory + offset) for (shape, dtype), offset in places])
 
 
 def _array_at(shape: tuple[int, ...], dtype: Any, memory: Any) -> Array:

@@ -23,8 +23,6 @@ from anystore.rows import Rows
 from anystore.staging import Sent, fill
 
 _ALREADY_HERE = contextlib.nullcontext()
-_KEPT = 16
-"""The batch shapes whose models are kept."""
 
 
 def _stream_by_its_object(device: int) -> int:
@@ -103,10 +101,9 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
         if not copy and self.views(rows):
             return super().gather(buffers, rows, copy)
         buffers, lead = self.together(buffers), leading_shape(rows)
+        models = buffers.lately(lead, lambda: self._models(buffers, lead))
         with self.here():
-            leaves: list[Array] = [
-                torch.empty_like(model, memory_format=torch.contiguous_format) for model in self._models(buffers, lead)
-            ]
+            leaves: list[Array] = [torch.empty_like(model, memory_format=torch.contiguous_format) for model in models]
             self._fill(buffers.record, rows, leaves)
         return leaves
 
@@ -115,13 +112,7 @@ class TorchCudaBackend(CudaBackend, TorchBackend):
 
         They are no views of one block: whoever writes to one leaf would, to autograd, have written to all of them.
         """
-        models = buffers.models.get(lead)
-        if models is None:
-            models = [buffer[0].expand(lead + shape) for buffer, (shape, _) in zip(buffers, buffers.specs)]
-            if len(buffers.models) >= _KEPT:
-                buffers.models.clear()
-            buffers.models[lead] = models
-        return models
+        return [buffer[0].expand(lead + shape) for buffer, (shape, _) in zip(buffers, buffers.specs)]
 
     def gather_into(self, buffers: Sequence[torch.Tensor], rows: Rows, out: Sequence[Array]) -> None:
         super().gather_into(buffers, rows, out)
