@@ -255,6 +255,11 @@ class Storage:
                 self._lent.ever = True
         return self._nest.pack(self._backend.gather(self._buffers, rows, copy))
 
+    def _get_for_bookkeeping(self, idx: Any) -> Any:
+        """What `get` returns, in arrays of the backend's `bookkeeping`."""
+        rows = find_rows(idx, self._capacity, self._backend)
+        return self._nest.pack(self._backend.gather_for_bookkeeping(self._buffers, rows))
+
     def set(self, table_idx: Any, value: Any) -> None:
         """Write `value` to the rows at `table_idx`, whole or not at all.
 

@@ -205,6 +205,23 @@ class SharedContract:
             found = self.numbers_of(buffer, kept)
             assert set(range(6 + depth - 1, 17)) <= set(found) <= set(range(6, 17))
 
+    @pytest.mark.parametrize("dtype", ["bool", "complex64", "bfloat16", "float8_e5m2"])
+    def test_frames_of_any_dtype(self, dtype: str) -> None:
+        spec = {"obs": ArraySpec((2, 3), dtype), "next_obs": ArraySpec((2, 3), dtype), "done": FLAG}
+        try:
+            buffer = self.make(11, spec, stacks={"obs": 1}, shared={"next_obs": "obs"}, terminated="done")
+        except ValueError as error:
+            assert f" has no {dtype};" in str(error)  # noqa: PT017
+            assert self.backend in ("cupy", "array_api_strict")
+            assert dtype != "bool"
+            return
+        frames = np.random.default_rng(0).integers(0, 2, (20, 2)).astype(spec["obs"].dtype)
+        stacks = [np.stack(list(frames[start : start + 3]), axis=1) for start in range(18)]
+        items = [{"obs": stacks[n], "next_obs": stacks[n + 1], "done": np.bool_(n in (4, 11))} for n in range(17)]
+        for item in items:
+            buffer.add(item)
+        assert set(self.numbers_of(buffer, items)) >= set(range(6 + 2, 17))
+
     @pytest.mark.parametrize("layout", ["shared", "stacks", "shared stacks"])
     def test_one_by_one_as_in_batches(self, layout: str) -> None:
         buffers = [self.make(14, spec_of(layout), **LAYOUTS[layout]) for _ in range(2)]
@@ -591,7 +608,8 @@ class TestTorchCuda(OnTorchCuda, SharedContract):
 
 
 class TestJax(OnJax, SharedContract):
-    pass
+    def test_frames_whose_memory_numpy_cannot_read(self) -> None:
+        self.test_frames_of_any_dtype("int4")
 
 
 class TestJaxAsOnADevice(OnJaxAsOnADevice):

@@ -276,6 +276,14 @@ class Backend(ABC):
         """An array of `bookkeeping` as one of this library, in a dtype that it has; it may share its memory."""
         return self.from_numpy(array) if self.books_elsewhere else array
 
+    def gather_for_bookkeeping(self, buffers: Sequence[Buffer], rows: Rows) -> list[Array]:
+        """What `gather` returns, in memory of their own, as arrays of `bookkeeping`."""
+        return [self.to_bookkeeping(leaf) for leaf in self.gather(buffers, rows, True)]
+
+    def leaf_from_bookkeeping(self, leaf: Array) -> Array:
+        """A leaf in an array of `bookkeeping`, which nobody writes to any more, as one of this library."""
+        return self.from_bookkeeping(leaf)
+
     def here(self) -> AbstractContextManager[object]:
         """In which the current device is that of the arrays; the current stream stays that of the thread."""
         return _no_stream

@@ -328,6 +328,20 @@ class JaxBackend(Backend):
         # A compiled copy takes a small part of the time of device_put, and batches are of few shapes.
         return self._handed_out([np.array(array)])[0] if self.books_elsewhere else array
 
+    def gather_for_bookkeeping(self, buffers: Sequence[_Cell], rows: Rows) -> list[Array]:
+        if not self.books_elsewhere:
+            return super().gather_for_bookkeeping(buffers, rows)
+        in_memory = self.together(buffers).in_memory()
+        if in_memory is not None:
+            return list(moves.gather(in_memory, rows))
+        return [np.array(self.to_host(buffer, rows)) for buffer in buffers]
+
+    def leaf_from_bookkeeping(self, leaf: Array) -> Array:
+        if not self.books_elsewhere:
+            return leaf
+        with _wide_enough(leaf.dtype):
+            return self._handed_out([leaf])[0]
+
     def bring(self, value: Any, dtype: np.dtype[Any]) -> Any:
         if isinstance(value, jax.core.Tracer):
             raise _traced("written to")

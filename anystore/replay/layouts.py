@@ -101,9 +101,8 @@ class Plain:
     def ends(self, places: Array) -> Array:
         """Whether an episode ends with each of these items."""
         assert self._ends is not None
-        found = self._ends.get(self._ring.index(places))
-        flags = found.values() if isinstance(found, dict) else [found]
-        return functools.reduce(operator.or_, map(self._ends.backend.to_bookkeeping, flags))
+        found = self._ends._get_for_bookkeeping(self._ring.index(places))
+        return functools.reduce(operator.or_, found.values() if isinstance(found, dict) else [found])
 
     def end(self, lanes: NDArray[np.intp]) -> None:
         """Let the episodes of these lanes end with their newest items.

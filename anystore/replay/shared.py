@@ -77,10 +77,6 @@ class _Observation(NamedTuple):
         assert self.axis is not None
         return (*(slice(None),) * (self.axis + 1), frames, ...)
 
-    def assembled(self, frames: Array, xp: Any) -> Array:
-        """The leaves that consist of these frames, which have an axis of their own behind that of the items."""
-        return frames[:, 0, ...] if self.axis is None else xp.moveaxis(frames, 1, self.axis + 1)
-
 
 class Shared(Plain):
     """Items without what follows from their neighbours.
@@ -427,19 +423,21 @@ class Shared(Plain):
 
     def _assembled(self, each: _Observation, rows: Array, of_records: Array) -> Array:
         """A batch of leaves, from the sources of the frames of the deepest stack."""
-        xp, books, backend = self._books.xp, self._books, self._backend
+        xp, books = self._books.xp, self._books
         rows, of_records = rows[:, self._depth - each.frames :], of_records[:, self._depth - each.frames :]
-        count = rows.shape[0]
         flat, from_records = xp.reshape(rows, (-1,)), xp.reshape(of_records, (-1,))
         in_ring = xp.where(from_records, xp.zeros_like(flat), flat)
         index = KnownRows(books.as_rows(in_ring), self._ring.capacity)
-        frames = self._select("items", each.path).get(index)
-        chosen = backend.flatnonzero(backend.from_bookkeeping(from_records))
+        frames = self._select("items", each.path)._get_for_bookkeeping(index)
+        chosen = books.flatnonzero(from_records)
         if chosen.shape[0]:
-            taken = xp.take(flat, backend.to_bookkeeping(chosen), axis=0)
-            known = KnownRows(books.as_rows(taken), self._records * self._depth)
-            frames = backend.put(frames, chosen, self._select("records", each.path).get(known))
-        return each.assembled(backend.xp.reshape(frames, (count, each.frames, *frames.shape[1:])), backend.xp)
+            known = KnownRows(books.as_rows(xp.take(flat, chosen, axis=0)), self._records * self._depth)
+            frames = books.put(frames, chosen, self._select("records", each.path)._get_for_bookkeeping(known))
+        if each.axis is None:
+            return self._backend.leaf_from_bookkeeping(frames)
+        frames = xp.reshape(frames, (rows.shape[0], each.frames, *frames.shape[1:]))
+        stacks = self._backend.leaf_from_bookkeeping(frames)
+        return self._backend.xp.moveaxis(stacks, 1, each.axis + 1) if each.axis else stacks
 
 
 class _Change(NamedTuple):
