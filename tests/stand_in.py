@@ -165,9 +165,9 @@ class MemoryPointer:
     def __init__(self, nbytes: int) -> None:
         assert nbytes > 0
         self.memory = np.full(nbytes + 512, 0xA5, np.uint8)
-        self.mem = types.SimpleNamespace(memory=self.memory)
         self.offset = -self.memory.ctypes.data % 512
         self.ptr = self.memory.ctypes.data + self.offset
+        self.mem = types.SimpleNamespace(memory=self.memory, ptr=self.ptr)
         self.device_id = _here.device
         entry = self.ptr, self.ptr + nbytes, self.device_id, weakref.ref(self.memory)
         with _one_at_a_time:
@@ -535,10 +535,12 @@ def module() -> types.ModuleType:
             Event=Event,
             get_current_stream=get_current_stream,
             alloc=MemoryPointer,
+            get_allocator=lambda: MemoryPointer,
             alloc_pinned_memory=alloc_pinned_memory,
             is_available=lambda: True,
             function=types.SimpleNamespace(CPointer=CPointer),
             runtime=types.SimpleNamespace(
+                streamPerThread=2,
                 getDevice=lambda: _here.device,
                 getDeviceCount=lambda: 2,
                 memcpyAsync=memcpy_async,

@@ -757,22 +757,60 @@ class TestBatchesGivenOutAgain:
         for _ in range(10):
             batch = store.get([1, 2])
             assert batch["x"].shape == (2, 6)
-            batch["x"]._array.shape = (12,)  # as CuPy's arrays can be given one in place
             assert [store.get(index)["x"].shape for index in (5, [5], [[1], [2]])] == [(6,), (1, 6), (2, 1, 6)]
 
-    def test_not_on_another_stream_or_thread(self):
+    @pytest.mark.parametrize("change", ["shape", "pointer", "memory"])
+    def test_not_if_it_was_changed(self, change):
+        store = self.make()
+        for _ in range(8):
+            batch = store.get([1, 2])
+            before = batch["x"].data.ptr
+            if change == "shape":
+                batch["x"]._array.shape = (6,)  # as CuPy's arrays can be given one in place
+            elif change == "pointer":
+                batch["x"].data.ptr += 4  # as by `+=`
+            else:
+                batch["x"].data.mem.ptr = 0  # as by `free`
+            del batch
+            assert before not in {store.get([1, 2])["x"].data.ptr for _ in range(8)}
+
+    def test_not_while_there_is_a_weak_reference(self):
+        store = self.make()
+        for name in "xy":
+            for _ in range(8):
+                batch = store.get([1, 2])
+                address, weak = batch[name].data.ptr, weakref.ref(batch[name])
+                del batch
+                assert address not in {store.get([1, 2])[name].data.ptr for _ in range(8)}
+                assert weak() is None
+
+    def test_not_with_another_allocator(self, monkeypatch):
+        store = self.make()
+        first = {store.get([1, 2])["x"].data.ptr for _ in range(10)}
+        monkeypatch.setattr(self.cupy.cuda, "get_allocator", lambda: None)
+        assert first.isdisjoint({store.get([1, 2])["x"].data.ptr for _ in range(10)})
+
+    def test_not_on_another_stream(self):
         store = self.make()
         read = lambda: {store.get([1, 2])["x"].data.ptr for _ in range(10)}  # noqa: E731
         first = read()
         with self.cupy.cuda.Stream() as stream:
             second = read()
             stream.synchronize()
-        third: set[int] = set()
-        thread = threading.Thread(target=lambda: third.update(read()))
-        thread.start()
-        thread.join()
-        assert len(first) == len(second) == len(third) == 4
-        assert len(first | second | third) == 12
+        assert len(first) == len(second) == 4
+        assert first.isdisjoint(second)
+
+    def test_of_each_thread_where_each_has_a_stream_of_its_own(self, monkeypatch):
+        store = self.make()
+        read = lambda: {store.get([1, 2])["x"].data.ptr for _ in range(10)}  # noqa: E731
+        own = self.cupy.cuda.get_current_stream().ptr
+        for address, together in ((own, 8), (own + 1000, 4)):
+            monkeypatch.setattr(self.cupy.cuda.runtime, "streamPerThread", address)
+            found = read()
+            thread = threading.Thread(target=lambda: found.update(read()))  # noqa: B023
+            thread.start()
+            thread.join()
+            assert len(found) == together
 
     def test_not_a_large_one(self):
         store = self.make({"x": ArraySpec((1 << 18,), "float32")}, 8)

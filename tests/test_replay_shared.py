@@ -611,6 +611,20 @@ class TestJax(OnJax, SharedContract):
     def test_frames_whose_memory_numpy_cannot_read(self) -> None:
         self.test_frames_of_any_dtype("int4")
 
+    def test_no_sample_while_jax_traces(self) -> None:
+        """It would be a constant of the compiled function, also where every leaf is put together from frames."""
+        jax = pytest.importorskip("jax")
+        spec = {name: ArraySpec((2, 2), "float32") for name in ("obs", "next_obs")}
+        buffer = self.make(16, spec, shared={"next_obs": "obs"}, stacks={"obs": 0})
+        frames = np.arange(28, dtype=np.float32).reshape(14, 2)
+        for number in range(12):
+            stacks = [frames[first : first + 2] for first in (number, number + 1)]
+            buffer.add(dict(zip(spec, stacks)))
+        samples = buffer.one_pass(4)
+        with pytest.raises(TypeError, match="cannot be read within"):
+            jax.jit(lambda x: next(samples).items["obs"] + x)(0.0)
+        assert len(buffer.sample(4).rows) == 4
+
 
 class TestJaxAsOnADevice(OnJaxAsOnADevice):
     """The state machine and the contract of ReplayBuffer cover it; here what is left of the ends of the ring."""

@@ -272,17 +272,17 @@ class Backend(ABC):
         """An array of this library as one of `bookkeeping`; it may share its memory."""
         return to_numpy(array) if self.books_elsewhere else array
 
-    def from_bookkeeping(self, array: Array) -> Array:
-        """An array of `bookkeeping` as one of this library, in a dtype that it has; it may share its memory."""
-        return self.from_numpy(array) if self.books_elsewhere else array
+    def from_bookkeeping(self, arrays: Sequence[Array]) -> list[Array]:
+        """Arrays of `bookkeeping` as such of this library, in dtypes that it has; they may share memory."""
+        return list(map(self.from_numpy, arrays)) if self.books_elsewhere else list(arrays)
 
     def gather_for_bookkeeping(self, buffers: Sequence[Buffer], rows: Rows) -> list[Array]:
-        """What `gather` returns, in memory of their own, as arrays of `bookkeeping`."""
+        """The rows of every buffer in arrays of `bookkeeping`, in memory of their own."""
         return [self.to_bookkeeping(leaf) for leaf in self.gather(buffers, rows, True)]
 
-    def leaf_from_bookkeeping(self, leaf: Array) -> Array:
-        """A leaf in an array of `bookkeeping`, which nobody writes to any more, as one of this library."""
-        return self.from_bookkeeping(leaf)
+    def leaves_from_bookkeeping(self, leaves: Sequence[Array]) -> list[Array]:
+        """Leaves in arrays of `bookkeeping`, which nobody writes to any more, as such of this library."""
+        return self.from_bookkeeping(leaves)
 
     def here(self) -> AbstractContextManager[object]:
         """In which the current device is that of the arrays; the current stream stays that of the thread."""

@@ -24,7 +24,7 @@ from anystore.staging import Sent
 
 T = TypeVar("T")
 _KEPT = 16
-"""The kinds of batches of which something is kept."""
+"""Of at most so many kinds of batches something is kept."""
 _NOTHING_SENT = Sent(None, [0])
 
 

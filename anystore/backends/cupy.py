@@ -55,9 +55,10 @@ class CupyBackend(CudaBackend):
     and `set` return before it is done. They wait for one thing only: rows that live on a GPU are checked there, which
     takes a synchronisation.
 
-    The leaves that `get` returns lie in one allocation, which is given back when the last of them is gone. Those of a
-    small batch may be given out again then, by a later `get` of the same shape on the same stream and thread; the
-    last four of each shape are kept for that.
+    The leaves that `get` returns lie in one allocation. It is given back when the last of them is gone, or, of up to
+    256 KiB, given out again by a later `get` of the same shape on the same stream, as long as nobody has even a weak
+    reference to a leaf. The last four batches of a shape are kept for that, of the sixteen shapes (and streams) that
+    were read last: CuPy's pool cannot give away these few MiB.
 
     Host values have been copied when `set` returns. Values on a GPU are read in place, later: whoever changes one on
     another stream than that on which it was stored lets that stream wait for the other first. The same is owed by
@@ -134,16 +135,21 @@ class CupyBackend(CudaBackend):
         buffers, lead = self.together(buffers), leading_shape(rows)
         packed = buffers.record.packed(math.prod(lead))
         with self.here():
-            spares = Spares() if packed.nbytes > LARGEST else self._spares(buffers, lead)
-            batch = spares.take() or _new_batch(packed, buffers.specs, lead)
+            if packed.nbytes > LARGEST:
+                memory, leaves = _new_batch(packed, buffers.specs, lead)
+                self._gather(buffers.record, packed.table, memory.ptr, rows)
+                return leaves
+            spares = self._spares(buffers, lead)
+            batch = spares.take() or Spare(*_new_batch(packed, buffers.specs, lead))
             self._gather(buffers.record, packed.table, batch.address, rows)
             return spares.lend(batch)
 
     def _spares(self, buffers: Buffers, lead: tuple[int, ...]) -> Spares:
-        # As CuPy's pool, and for the same reasons: of each stream, and of each thread where all use one address for
-        # their own default streams (cupy #5069).
-        kind = lead, cupy.cuda.get_current_stream().ptr, threading.get_ident()
-        return buffers.lately(kind, Spares)
+        # As in CuPy's own pool of memory: of each stream, and of each thread where each has one at the same address
+        # (cupy #5069).
+        stream = cupy.cuda.get_current_stream().ptr
+        thread = threading.get_ident() if stream == cupy.cuda.runtime.streamPerThread else 0
+        return buffers.lately((lead, stream, thread, cupy.cuda.get_allocator()), Spares)
 
     def scatter_as_is(self, buffers: Sequence[Array], rows: Rows, leaves: Sequence[Any]) -> bool:
         """Write a whole batch; one that is on the host is checked and packed in one go, and sent in one copy."""
@@ -296,10 +302,11 @@ class CupyRandom(Random):
         vars(self).update(vars(restored))
 
 
-def _new_batch(packed: Packed, specs: Specs, lead: tuple[int, ...]) -> Spare:
+def _new_batch(packed: Packed, specs: Specs, lead: tuple[int, ...]) -> tuple[Any, list[Array]]:
+    """Memory for a batch, and its leaves there."""
     memory = cupy.cuda.alloc(max(packed.nbytes, 1))
     places = zip(specs, packed.offsets)
-    return Spare(memory, [_array_at(lead + shape, dtype, memory + offset) for (shape, dtype), offset in places])
+    return memory, [_array_at(lead + shape, dtype, memory + offset) for (shape, dtype), offset in places]
 
 
 def _array_at(shape: tuple[int, ...], dtype: Any, memory: Any) -> Array:

@@ -324,9 +324,12 @@ class JaxBackend(Backend):
         own: jax.Array = jax.device_put(np.array(array), self._device)
         return own
 
-    def from_bookkeeping(self, array: Array) -> Array:
+    def from_bookkeeping(self, arrays: Sequence[Array]) -> list[Array]:
+        if not self.books_elsewhere:
+            return list(arrays)
         # A compiled copy takes a small part of the time of device_put, and batches are of few shapes.
-        return self._handed_out([np.array(array)])[0] if self.books_elsewhere else array
+        given: list[Array] = self._handed_out(list(map(np.array, arrays)))
+        return given
 
     def gather_for_bookkeeping(self, buffers: Sequence[_Cell], rows: Rows) -> list[Array]:
         if not self.books_elsewhere:
@@ -336,11 +339,14 @@ class JaxBackend(Backend):
             return list(moves.gather(in_memory, rows))
         return [np.array(self.to_host(buffer, rows)) for buffer in buffers]
 
-    def leaf_from_bookkeeping(self, leaf: Array) -> Array:
+    def leaves_from_bookkeeping(self, leaves: Sequence[Array]) -> list[Array]:
         if not self.books_elsewhere:
-            return leaf
-        with _wide_enough(leaf.dtype):
-            return self._handed_out([leaf])[0]
+            return list(leaves)
+        with _wide_enough(*(leaf.dtype for leaf in leaves)):
+            given: list[Array] = self._handed_out(list(leaves))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in given):
+            raise _traced("read")
+        return given
 
     def bring(self, value: Any, dtype: np.dtype[Any]) -> Any:
         if isinstance(value, jax.core.Tracer):
@@ -496,9 +502,9 @@ def _fits(leaf: jax.Array, array: jax.Array, lead: tuple[int, ...]) -> bool:
     return bool(leaf.dtype == array.dtype) and leaf.shape in (shape, lead + shape)
 
 
-def _wide_enough(dtype: np.dtype[Any]) -> contextlib.AbstractContextManager[object]:
-    """What to work in for arrays of this dtype to be of it."""
-    return enable_x64(True) if dtype in _WIDE and not _config.jax_enable_x64 else contextlib.nullcontext()
+def _wide_enough(*dtypes: np.dtype[Any]) -> contextlib.AbstractContextManager[object]:
+    """What to work in for arrays of these dtypes to be of them."""
+    return enable_x64(True) if not _WIDE.isdisjoint(dtypes) and not _config.jax_enable_x64 else contextlib.nullcontext()
 
 
 def _largest_integer() -> int:

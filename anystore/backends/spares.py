@@ -1,25 +1,28 @@
 """Batches of CuPy arrays that are given out again when nobody holds them: making them takes longer than reading rows.
 
-A room of its own because only reference counts tell that nobody holds a batch, and that takes care.
+A room of its own because nothing but reference counts tells that nobody holds a batch, and that takes care.
 """
 
 from __future__ import annotations
 
 import collections
+import operator
 import sys
 from sys import getrefcount
 from typing import Any
+from weakref import getweakrefcount
 
 from anystore.backends.base import Array
 
-LARGEST = 1 << 20
-"""The bytes of the largest batches worth keeping: to fill a larger one takes longer than to make its arrays."""
+_SHAPE, _ADDRESS = operator.attrgetter("shape"), operator.attrgetter("ptr")
 _LAST = 4
-"""So many of the last batches of a shape are kept, so that a user may hold all but one of them."""
+"""So many of the last batches of a kind are kept, so that a user may hold all but one of them."""
 _ALONE = next(map(getrefcount, [object()]))
 """The count of an object that is in one list and nowhere else, as counted here."""
 _COUNTED: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 """Whether a count is all there is: Python without its lock keeps more than one."""
+LARGEST = 1 << 18 if _COUNTED else -1
+"""The bytes of the largest batches that are kept; for larger ones it makes little difference how they are made."""
 
 
 class Spare:
@@ -28,34 +31,38 @@ class Spare:
     Parameters
     ----------
     memory : cupy.cuda.MemoryPointer
-        The memory of the batch, which begins there.
+        Where the batch begins.
     leaves : list of cupy.ndarray
-        All that lies in this memory, each from a pointer of its own on.
+        The arrays in this memory, each with a `MemoryPointer` of its own.
     """
 
-    __slots__ = ("_counts", "_held", "_leaves", "_shapes", "address")
+    __slots__ = ("_counts", "_held", "_leaves", "_made", "address")
 
     def __init__(self, memory: Any, leaves: list[Array]) -> None:
         self.address: int = memory.ptr
         self._leaves = len(leaves)
-        self._shapes = [leaf.shape for leaf in leaves]
         # A view refers to the array that it is of; what is made from a pointer, to this or to the memory behind it.
         self._held = [*leaves, *(leaf.data for leaf in leaves), memory.mem]
         self._counts = [_ALONE] * len(leaves) + [_ALONE + 1] * len(leaves) + [_ALONE + len(leaves)]
+        self._made = self._as_they_are()
+
+    def _as_they_are(self) -> list[Any]:
+        """What a user can change of arrays, of pointers, and of memory, which can be given back to its pool."""
+        return [*map(_SHAPE, self._held[: self._leaves]), *map(_ADDRESS, self._held[self._leaves :])]
 
     def leaves(self) -> list[Array]:
         """The arrays of the batch."""
         return self._held[: self._leaves]
 
     def is_free(self) -> bool:
-        """Whether nobody holds a part of the batch, and its arrays have the shapes that they were made with."""
-        if not _COUNTED or list(map(getrefcount, self._held)) != self._counts:
+        """Whether nobody holds a part of the batch, nor a weak reference to one, and all is as it was made."""
+        if list(map(getrefcount, self._held)) != self._counts or any(map(getweakrefcount, self.leaves())):
             return False
-        return [leaf.shape for leaf in self.leaves()] == self._shapes
+        return self._as_they_are() == self._made
 
 
 class Spares:
-    """The last batches of a shape, read on one stream. Threads may share it."""
+    """The last batches of a kind: of a shape, read on one stream. Threads may share it."""
 
     def __init__(self) -> None:
         self._lent: collections.deque[Spare] = collections.deque(maxlen=_LAST)

@@ -674,32 +674,38 @@ class ReplayBuffer:
 
     def _sample_of(self, places: Array, how: _How, weights: Array | None = None) -> Sample:
         """The items at these places, or what begins with them."""
-        given = self._backend.from_bookkeeping
-        rows = given(self._ring.numbers(places))
-        weights = None if weights is None else given(weights)
+        computed = {"rows": self._ring.numbers(places)}
+        if weights is not None:
+            computed["weights"] = weights
+        parts: dict[str, Array] = {}
         if how.n_step is not None:
-            merged, discounts = self._merged(places, how.n_step, how.discount)
-            return Sample(merged, rows, weights, discounts=discounts)
-        if how.num_steps is None:
-            return Sample(self._layout.read(places), rows, weights)
-        if how.at_end == "pad":
-            steps, mask = self._windows.padded(places, how.num_steps)
-            return Sample(self._layout.read(steps), rows, weights, given(mask))
-        return Sample(self._layout.read(self._windows.steps(places, how.num_steps)), rows, weights)
+            parts, computed["reward"], computed["discounts"] = self._merged(places, how.n_step, how.discount)
+        elif how.num_steps is None:
+            items = self._layout.read(places)
+        elif how.at_end == "pad":
+            steps, computed["mask"] = self._windows.padded(places, how.num_steps)
+            items = self._layout.read(steps)
+        else:
+            items = self._layout.read(self._windows.steps(places, how.num_steps))
+        given = dict(zip(computed, self._backend.from_bookkeeping(list(computed.values()))))
+        if how.n_step is not None:
+            parts[self._roles.reward] = given.pop("reward")  # type: ignore[index]  # there is one, or `_merged` fails
+            items = self._nest.pack([parts[path] for path in self._nest.paths])
+        return Sample(items, **given)
 
-    def _merged(self, places: Array, n_step: int, discount: float) -> tuple[Any, Array]:
-        """Items that stand for `n_step` steps each, and what the value after them counts."""
+    def _merged(self, places: Array, n_step: int, discount: float) -> tuple[dict[str, Array], Array, Array]:
+        """Items that stand for `n_step` steps each: their parts by path, their rewards, and what values after count."""
         reward, terminated = self._roles.reward, self._roles.terminated
         assert reward is not None
         assert terminated is not None
-        given, taken = self._backend.from_bookkeeping, self._backend.to_bookkeeping
+        taken = self._backend.to_bookkeeping
         steps, mask = self._windows.padded(places, n_step)
         last = tuple(dict.fromkeys((*self._roles.following, *self._roles.flags)))  # flags may be part of what follows
         parts = self._layout.read(steps[:, -1], last)
         rewards, ended = taken(self._layout.read(steps, (reward,))[reward]), taken(parts[terminated])
-        parts[reward], discounts = map(given, self._windows.returns(rewards, mask, ended, discount))
-        parts |= self._layout.read(places, tuple(path for path in self._nest.paths if path not in parts))
-        return self._nest.pack([parts[path] for path in self._nest.paths]), discounts
+        others = tuple(path for path in self._nest.paths if path not in parts and path != reward)
+        parts |= self._layout.read(places, others)
+        return parts, *self._windows.returns(rewards, mask, ended, discount)
 
     def batches(
         self,
@@ -839,7 +845,8 @@ class ReplayBuffer:
         with self.lock, self._on_device():
             if not isinstance(self._sampler, Prioritized):
                 raise TypeError(f"a {type(self._sampler).__name__} sampler has no priorities; use Prioritized")
-            return self._backend.from_bookkeeping(self._sampler.priorities(self._ring.items))
+            (priorities,) = self._backend.from_bookkeeping([self._sampler.priorities(self._ring.items)])
+            return priorities
 
 
 _live_buffers: weakref.WeakSet[ReplayBuffer] = weakref.WeakSet()

@@ -361,21 +361,11 @@ class Shared(Plain):
         return begins | (depth == self._depth - 1)
 
     def read(self, places: Array, paths: tuple[str, ...] | None = None) -> Any:
-        flat = self._books.xp.reshape(places, (-1,))
         wanted = self._nest.paths if paths is None else paths
-        leaves = self._as_stored(tuple(path for path in wanted if path in self._kept_whole), flat)
+        leaves = self._as_stored(tuple(path for path in wanted if path in self._kept_whole), places)
         parts = [(each.path, each, 0) for each in self._observations if each.axis is not None]
         parts += [(each.after, each, 1) for each in self._observations if each.after is not None]
-        parts = [part for part in parts if part[0] in wanted]
-        if parts:
-            rows, of_records = self._sources(flat)
-        for path, each, first in parts:
-            frames = slice(first, first + self._depth)
-            leaves[path] = self._assembled(each, rows[:, frames], of_records[:, frames])
-        if len(places.shape) > 1:
-            leaves = {
-                path: self._backend.xp.reshape(leaf, places.shape + leaf.shape[1:]) for path, leaf in leaves.items()
-            }
+        leaves |= self._assembled([part for part in parts if part[0] in wanted], places)
         return leaves if paths is not None else self._nest.pack([leaves[path] for path in self._nest.paths])
 
     def _marks(self, name: str, places: Array) -> Array:
@@ -421,23 +411,35 @@ class Shared(Plain):
         rows.append(xp.where(of_records[-1], followed, self._ring.rows(after)))
         return xp.stack(rows, axis=1), xp.stack(of_records, axis=1)
 
-    def _assembled(self, each: _Observation, rows: Array, of_records: Array) -> Array:
-        """A batch of leaves, from the sources of the frames of the deepest stack."""
+    def _assembled(self, parts: list[tuple[str, _Observation, int]], places: Array) -> dict[str, Array]:
+        """Leaves that consist of frames: of each its path, what it is of, and how many frames ahead of the item's."""
+        if not parts:
+            return {}
+        rows, of_records = self._sources(self._books.xp.reshape(places, (-1,)))
+        found = []
+        for _, each, ahead in parts:
+            which = slice(ahead + self._depth - each.frames, ahead + self._depth)
+            frames = self._frames(each.path, rows[:, which], of_records[:, which])
+            lead = places.shape if each.axis is None else (*places.shape, each.frames)
+            found.append(self._books.xp.reshape(frames, lead + frames.shape[1:]))
+        leaves, at = self._backend.leaves_from_bookkeeping(found), len(places.shape)
+        return {
+            path: self._backend.xp.moveaxis(leaf, at, at + each.axis) if each.axis else leaf
+            for (path, each, _), leaf in zip(parts, leaves)
+        }
+
+    def _frames(self, path: str, rows: Array, of_records: Array) -> Array:
+        """Frames from their sources, one after the other."""
         xp, books = self._books.xp, self._books
-        rows, of_records = rows[:, self._depth - each.frames :], of_records[:, self._depth - each.frames :]
         flat, from_records = xp.reshape(rows, (-1,)), xp.reshape(of_records, (-1,))
         in_ring = xp.where(from_records, xp.zeros_like(flat), flat)
         index = KnownRows(books.as_rows(in_ring), self._ring.capacity)
-        frames = self._select("items", each.path)._get_for_bookkeeping(index)
+        frames = self._select("items", path)._get_for_bookkeeping(index)
         chosen = books.flatnonzero(from_records)
         if chosen.shape[0]:
             known = KnownRows(books.as_rows(xp.take(flat, chosen, axis=0)), self._records * self._depth)
-            frames = books.put(frames, chosen, self._select("records", each.path)._get_for_bookkeeping(known))
-        if each.axis is None:
-            return self._backend.leaf_from_bookkeeping(frames)
-        frames = xp.reshape(frames, (rows.shape[0], each.frames, *frames.shape[1:]))
-        stacks = self._backend.leaf_from_bookkeeping(frames)
-        return self._backend.xp.moveaxis(stacks, 1, each.axis + 1) if each.axis else stacks
+            frames = books.put(frames, chosen, self._select("records", path)._get_for_bookkeeping(known))
+        return frames
 
 
 class _Change(NamedTuple):
