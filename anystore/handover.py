@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore.backends import select_backend
-from anystore.backends.base import no_dtype
+from anystore.backends.base import Backend, no_dtype
 from anystore.convert import cuda_interface, is_array, library_of, on_gpu, to_numpy
 from anystore.nests import map_leaves
 from anystore.specs import as_dtype, is_extension
@@ -83,13 +83,14 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False, device: An
     def handed(leaf: Any) -> Any:
         if leaf is None:
             return None
-        array = _hand_over(leaf, library, sharing)
+        array = _hand_over(leaf, library, sharing, there)
         return array if there is None else there.move(array, array.dtype)
 
     return map_leaves(handed, nest)
 
 
-def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
+def _hand_over(leaf: Any, library: str, copy: bool | None, there: Backend | None) -> Any:
+    """The leaf as an array of the library: on the device `there` if it leaves main memory, else where it is."""
     if not is_array(leaf):
         raise ValueError(f"expected an array, found a {type(leaf).__name__}: {leaf!r:.80}")
     taker, own, dtype = _TAKERS[library], library_of(leaf), as_dtype(leaf.dtype)
@@ -100,7 +101,8 @@ def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
         return taker.copy(leaf)
     if dtype.hasobject:
         raise ValueError(f"expected a dtype of a fixed size, found {leaf.dtype}")
-    if not copy:
+    leaves_main_memory = there is not None and there.device != "cpu" and library != "numpy" and not on_gpu(leaf)
+    if not copy and not leaves_main_memory:
         why = _obstacle(leaf, library)
         if why is None:
             try:
@@ -112,6 +114,9 @@ def _hand_over(leaf: Any, library: str, copy: bool | None) -> Any:
     if on_gpu(leaf) and library != "numpy" and own in _TAKERS:
         return taker.share(_TAKERS[own].copy(leaf))
     try:
+        if there is not None and leaves_main_memory:
+            # Not shared first and moved then: JAX moves it later, when its owner may have changed it.
+            return there.from_numpy(to_numpy(leaf))
         return taker.from_numpy(_own_copy(to_numpy(leaf)))
     except (BufferError, RuntimeError) as error:
         raise ValueError(f"{library} cannot hold {dtype}: {error}") from error
@@ -139,6 +144,8 @@ def _obstacle(leaf: Any, library: str) -> str | None:
         return "it is a single number of NumPy's, which has no memory to share"
     if library == "torch" and isinstance(leaf, np.ndarray) and not leaf.flags.writeable:
         return "it is read-only, and a tensor is not"
+    if library_of(leaf) == "torch" and leaf.requires_grad:
+        return "it requires gradients"
     if library_of(leaf) == "torch" and leaf.is_neg():
         return "it is the negative of what is in its memory"  # which DLPack leaves out
     address, strides, contiguous = _layout(leaf)
@@ -213,7 +220,14 @@ def _torch_check(dtype: np.dtype[Any]) -> None:
 def _jax_share(array: Any) -> Any:
     import jax
 
-    shared = jax.dlpack.from_dlpack(array)
+    if library_of(array) in ("numpy", "torch") and not on_gpu(array):
+        # By DLPack it would be XLA's threads that give NumPy's memory back. For that they take the lock of the
+        # interpreter, which ends the process with an abort where Python ends meanwhile (pytorch #38228).
+        array = array if type(array) is np.ndarray else _numpy_share(array)
+        with jax.ensure_compile_time_eval():
+            shared = jax.device_put(array, jax.local_devices(backend="cpu")[0], may_alias=True)
+    else:
+        shared = jax.dlpack.from_dlpack(array)
     if 0 not in array.shape and shared.unsafe_buffer_pointer() != _layout(array).address:
         raise TypeError("JAX made a copy")
     return shared

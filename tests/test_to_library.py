@@ -32,6 +32,12 @@ def aligned(values: object, dtype: str = "float32", offset: int = 0) -> np.ndarr
 LIBRARIES = ["torch", "jax"]
 
 
+def on_two_devices_of_jax(program: str) -> str:
+    """What a program prints that has another device of JAX."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
+
+
 class TestToLibrary:
     def test_unknown(self):
         with pytest.raises(
@@ -165,11 +171,30 @@ class TestToLibrary:
         pytest.importorskip("jax")
         self.refuse(aligned(range(6), offset=offset), "jax", "its address is not a multiple of 64")
 
-    def test_jax_takes_no_read_only_memory(self):
-        pytest.importorskip("jax")
+    def test_jax_takes_read_only_memory_and_leaves_it_so(self):
+        jax = pytest.importorskip("jax")
         array = aligned(range(6))
         array.flags.writeable = False
-        self.refuse(array, "jax", "BufferError: .*readonly.*")
+        taken = to_library(array, "jax")
+        assert np.shares_memory(to_library(taken, "numpy"), array)
+        given_away = jax.jit(lambda values: values + 1, donate_argnums=0)(taken)
+        assert given_away.tolist() == [1, 2, 3, 4, 5, 6]
+        assert array.tolist() == [0, 1, 2, 3, 4, 5]
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e5m2", "float8_e4m3fn"])
+    def test_jax_takes_extension_types(self, dtype):
+        pytest.importorskip("jax")
+        array = aligned([1.5, -2.0], dtype)
+        taken = to_library(array, "jax")
+        assert taken.dtype == array.dtype
+        array[0] = 3
+        assert to_numpy(taken).tolist() == [3, -2]
+
+    def test_jax_shares_within_a_transformation(self):
+        jax = pytest.importorskip("jax")
+        array = aligned(range(3))
+        shared = jax.jit(lambda: np.shares_memory(to_numpy(to_library(array, "jax")), array))()
+        assert bool(shared)
 
     def test_torch_takes_no_read_only_memory(self):
         torch = pytest.importorskip("torch")
@@ -200,8 +225,14 @@ class TestToLibrary:
         assert negative.is_neg()
         self.refuse(negative, "numpy", "it is the negative of what is in its memory")
         assert to_library(negative, "numpy", copy=None).tolist() == [-2, 1]
-        grown = torch.ones(3, requires_grad=True)
-        self.refuse(grown, "numpy", "BufferError: .*")
+        for dtype in (torch.float32, torch.bfloat16):
+            self.refuse(torch.ones(3, dtype=dtype, requires_grad=True), "numpy", "it requires gradients")
+
+    def test_jax_takes_no_tensors_that_are_not_what_is_in_memory(self):
+        torch = pytest.importorskip("torch")
+        pytest.importorskip("jax")
+        self.refuse(torch.ones(16, dtype=torch.complex64).conj(), "jax", "BufferError: .*")
+        self.refuse(torch.ones(16, requires_grad=True), "jax", "it requires gradients")
 
     def test_what_no_library_has(self):
         pytest.importorskip("torch")
@@ -235,9 +266,37 @@ class TestToLibrary:
                 print(device.id, array.shape, type(sample.rows).__name__)
             """
         )
-        environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        printed = subprocess.check_output([sys.executable, "-c", program], text=True, env=environment)
-        assert printed == "1 (3,) ndarray\n1 (4, 2) ndarray\n"
+        assert on_two_devices_of_jax(program) == "1 (3,) ndarray\n1 (4, 2) ndarray\n"
+
+    def test_what_goes_to_another_device_of_jax_is_copied_at_once(self):
+        pytest.importorskip("jax")
+        program = """
+            import numpy as np
+            from anystore import to_library
+            array = np.ones(30_000_000, np.float32)
+            taken = to_library(array, "jax", device="cpu:1")
+            array[...] = 0
+            print(taken.min())
+            """
+        assert on_two_devices_of_jax(textwrap.dedent(program)) == "1.0\n"
+
+    @pytest.mark.parametrize("owner", ["numpy", "torch"])
+    def test_python_may_end_while_jax_works_on_shared_memory(self, owner):
+        pytest.importorskip("jax")
+        pytest.importorskip(owner)
+        program = f"""
+            import jax
+            import numpy as np
+            from anystore import to_library
+            memory = np.zeros(4_000_064, np.uint8)
+            start = -memory.ctypes.data % 64
+            array = to_library(memory[start:][:4_000_000].view(np.float32), "{owner}")
+            taken = to_library(array, "jax")
+            summed = jax.jit(lambda values: jax.numpy.sin(values) @ jax.numpy.ones(1_000_000)).lower(taken).compile()
+            summed(taken)
+            del memory, array, taken
+            """
+        assert on_two_devices_of_jax(textwrap.dedent(program)) == ""
 
     def test_big_endian(self):
         pytest.importorskip("torch")
