@@ -22,6 +22,12 @@ from anystore.specs import as_dtype, is_extension
 _ALIGNMENT = 64
 """What XLA, which is in JAX and TensorFlow, expects of an address."""
 
+_SMALL = 1 << 20
+"""An array of so many bytes is copied in the time that JAX takes to share it."""
+
+_SMALL_ONE = object()
+"""Stands in a batch for a small array, until all of them are copied."""
+
 
 def to_library(nest: Any, library: str, *, copy: bool | None = False, device: Any = None) -> Any:
     """A batch in the arrays of another library: zero-copy, through DLPack.
@@ -67,6 +73,35 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False, device: An
     >>> to_library({"reward": np.zeros(3, np.float32)}, "numpy")["reward"]
     array([0., 0., 0.], dtype=float32)
     """
+    return map_leaves(_handing_over(library, copy, device), nest)
+
+
+def hand_over_batch(batch: Any, library: str, *, copy: bool | None = None, device: Any = None) -> Any:
+    """What `to_library` returns, for a batch that nobody writes to any more, of few shapes.
+
+    With None for `copy`, arrays that take less time to copy than to share are copied: to JAX on the CPU in one compiled
+    call, which is compiled anew for other shapes.
+    """
+    handed_over = _handing_over(library, copy, device)
+    if library != "jax" or copy is not None:
+        return map_leaves(handed_over, batch)
+    small: list[NDArray[Any]] = []
+
+    def handed_over_but_small_ones(leaf: Any) -> Any:
+        if not _is_small(leaf):
+            return handed_over(leaf)
+        small.append(to_numpy(leaf))
+        return _SMALL_ONE
+
+    batch = map_leaves(handed_over_but_small_ones, batch)
+    if not small:
+        return batch
+    copies = iter(_copies_in_jax(small, device) or map(handed_over, small))
+    return map_leaves(lambda leaf: next(copies) if leaf is _SMALL_ONE else leaf, batch)
+
+
+def _handing_over(library: str, copy: bool | None, device: Any) -> Callable[[Any], Any]:
+    """What hands a leaf over."""
     if library not in _TAKERS:
         raise ValueError(f"expected a library among {', '.join(_TAKERS)}, found {library!r}")
     try:
@@ -80,13 +115,35 @@ def to_library(nest: Any, library: str, *, copy: bool | None = False, device: An
     there = None if device is None else select_backend(library, device)
     sharing = copy if there is None else copy or None
 
-    def handed(leaf: Any) -> Any:
+    def handed_over(leaf: Any) -> Any:
         if leaf is None:
             return None
         array = _hand_over(leaf, library, sharing, there)
         return array if there is None else there.move(array, array.dtype)
 
-    return map_leaves(handed, nest)
+    return handed_over
+
+
+def _copies_in_jax(arrays: list[NDArray[Any]], device: Any) -> list[Any] | None:
+    """The arrays in JAX, copied by one compiled call; None if they are to go to another device than the CPU."""
+    import jax
+
+    backend = select_backend("jax", device)
+    if not backend.books_elsewhere:
+        return None
+    with jax.ensure_compile_time_eval():
+        return backend.leaves_from_bookkeeping(arrays)
+
+
+def _is_small(leaf: Any) -> bool:
+    """Whether JAX copies this array of main memory in less time than it takes to share it."""
+    if not is_array(leaf) or library_of(leaf) not in ("numpy", "torch") or on_gpu(leaf):
+        return False
+    dtype = as_dtype(leaf.dtype)
+    if leaf.nbytes > _SMALL or dtype.hasobject or not dtype.isnative:
+        return False
+    _jax_check(dtype)
+    return True
 
 
 def _hand_over(leaf: Any, library: str, copy: bool | None, there: Backend | None) -> Any:
@@ -103,12 +160,12 @@ def _hand_over(leaf: Any, library: str, copy: bool | None, there: Backend | None
         raise ValueError(f"expected a dtype of a fixed size, found {leaf.dtype}")
     leaves_main_memory = there is not None and there.device != "cpu" and library != "numpy" and not on_gpu(leaf)
     if not copy and not leaves_main_memory:
-        why = _obstacle(leaf, library)
-        if why is None:
-            try:
+        try:
+            why = _obstacle(leaf, library)
+            if why is None:
                 return taker.share(leaf)
-            except Exception as error:
-                why = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
         if copy is False:
             raise ValueError(f"{library} cannot share the memory of this array: {why}; pass copy=None or copy=True")
     if on_gpu(leaf) and library != "numpy" and own in _TAKERS:
@@ -167,17 +224,17 @@ class _Layout(NamedTuple):
 
 def _layout(leaf: Any) -> _Layout:
     """Where the memory of a leaf starts, and how it is passed through."""
-    leaf = leaf.detach() if library_of(leaf) == "torch" else leaf  # which else refuses to say where it is
+    library = library_of(leaf)
+    if library == "torch":
+        strides = tuple(stride * leaf.element_size() for stride in leaf.stride())
+        return _Layout(leaf.data_ptr(), strides, leaf.is_contiguous())
     if on_gpu(leaf):
         interface = cuda_interface(leaf)
         if interface is not None:
-            strides = interface.get("strides")
-            return _Layout(interface["data"][0], strides or (), strides is None)
-        if library_of(leaf) == "jax":  # bfloat16 and the like
+            given = interface.get("strides")
+            return _Layout(interface["data"][0], given or (), given is None)
+        if library == "jax":  # bfloat16 and the like
             return _Layout(leaf.unsafe_buffer_pointer(), (), True)
-        if library_of(leaf) == "torch":  # float8
-            strides = tuple(stride * leaf.element_size() for stride in leaf.stride())
-            return _Layout(leaf.data_ptr(), strides, leaf.is_contiguous())
     array = to_numpy(leaf)
     return _Layout(array.ctypes.data, array.strides, array.flags.c_contiguous)
 
@@ -242,7 +299,8 @@ def _jax_from_numpy(array: NDArray[Any]) -> Any:
 def _jax_check(dtype: np.dtype[Any]) -> None:
     import jax
 
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype.newbyteorder("="):
+    native = dtype.newbyteorder("=")
+    if jax.dtypes.canonicalize_dtype(native) != native:
         raise ValueError(f'JAX narrows {dtype}; call jax.config.update("jax_enable_x64", True) first')
 
 

@@ -8,6 +8,7 @@ the first time that one is met in a spec.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import threading
 from collections import OrderedDict, defaultdict
@@ -164,7 +165,11 @@ def label(path: str) -> str:
 def _flatten(nest: Any) -> tuple[list[Any], Any]:
     import optree
 
-    return optree.tree_flatten(nest, is_leaf=_is_spec, none_is_leaf=True, namespace=_NAMESPACE)
+    leaves, treespec = optree.tree_flatten(nest, none_is_leaf=True, namespace=_NAMESPACE)
+    # What optree takes for a leaf may be a container of a class that it has yet to learn.
+    if any(_learn(cls) for cls in set(map(type, leaves))):
+        return _flatten(nest)
+    return leaves, treespec
 
 
 def _understand(data_spec: Any, prefix: str) -> Any:
@@ -181,15 +186,6 @@ def _understand(data_spec: Any, prefix: str) -> Any:
     return treespec.unflatten(specs)
 
 
-def _is_spec(node: Any) -> bool:
-    """Whether to stop at `node`; on the way, optree learns the classes it does not know."""
-    if isinstance(node, ArraySpec):  # a dataclass too, but never a nest
-        return True
-    if type(node) not in _registered:
-        _register(type(node))
-    return False
-
-
 def _fields(cls: type) -> dict[str, str] | None:
     """The fields of a dataclass or attrs class and what its constructor calls each; None for any other class."""
     if dataclasses.is_dataclass(cls):
@@ -199,18 +195,21 @@ def _fields(cls: type) -> dict[str, str] | None:
     return None
 
 
-def _register(cls: type) -> None:
-    """Make a class of containers known to optree, once, if it does not know it by itself."""
+@functools.lru_cache(maxsize=256)
+def _learn(cls: type) -> bool:
+    """Make a class known to optree, once, if it is one of containers; whether it is."""
     import optree
 
-    found = _as_fields(cls) or _as_subclass(cls)
+    # A spec is a dataclass too, but never a nest.
+    found = None if issubclass(cls, ArraySpec) else _as_fields(cls) or _as_subclass(cls)
     if found is None:
-        return
+        return False
     flatten, unflatten, entry = found
     with _registering:
         if cls not in _registered:
             optree.register_pytree_node(cls, flatten, unflatten, path_entry_type=entry, namespace=_NAMESPACE)
             _registered.add(cls)
+    return True
 
 
 def _as_fields(cls: type) -> tuple[Any, Any, Any] | None:

@@ -677,9 +677,12 @@ class TestJax:
     def test_not_a_number_is_stored_whatever_jax_looks_for(self, store):
         import jax
 
-        with jax.debug_nans(True):
-            store.set(0, {"a": [np.nan, 0.0], "b": 7})
-        assert np.isnan(store.get(0)["a"][0])
+        with jax.debug_nans(True), jax.debug_infs(True):
+            store.set(0, {"a": [np.nan, np.inf], "b": 7})
+            for index in (0, slice(0, 2), [0, 1], np.zeros(70_000, int)):
+                found = np.asarray(store.get(index)["a"]).reshape(-1, 2)[0]
+                assert np.isnan(found[0])
+                assert np.isinf(found[1])
         assert store.get(...)["b"].tolist() == [7, 1, 2, 3]
 
     def test_takes_the_device_that_jax_is_told_to_take(self):

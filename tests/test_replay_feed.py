@@ -456,9 +456,8 @@ class TestStreams:
                 def sample(self, batch_size):
                     return Drawn(cupy.asarray([1]), cupy.asarray([2]))
 
-            monkeypatch.setattr(feed, "to_library", hand_over)
+            monkeypatch.setattr(feed, "hand_over_batch", hand_over)
             batches = Batches(Buffer(), 3, prefetch=prefetch, to="torch", count=2)
-            threads.clear()
             assert len(list(batches)) == 2
             assert threads == [threading.current_thread()] * 2
 

@@ -10,6 +10,7 @@ import pytest
 
 from anystore import ArraySpec, Storage, handover, to_library
 from anystore.convert import on_gpu, to_numpy
+from anystore.handover import hand_over_batch
 from anystore.replay import ReplayBuffer
 from tests.items import SPEC, assert_same, batch
 from tests.stand_in import installed
@@ -301,6 +302,78 @@ class TestToLibrary:
     def test_big_endian(self):
         pytest.importorskip("torch")
         self.refuse(np.arange(3, dtype=">i4"), "torch", "BufferError: .*byte order.*")
+
+    def test_big_endian_in_jax(self):
+        pytest.importorskip("jax")
+        self.refuse(aligned(range(3), ">i4"), "jax", "TypeError: .*")
+
+
+class TestBatchesForJax:
+    """Of which the small arrays are copied, all in one call, and the others are shared."""
+
+    @pytest.fixture(autouse=True)
+    def _jax(self):
+        self.jax = pytest.importorskip("jax")
+
+    def test_small_arrays_are_copied_and_large_ones_shared(self):
+        small, large = aligned([1.5, 2.5]), aligned(np.arange(300_000))
+        own = self.jax.numpy.ones(2)
+        found = hand_over_batch({"a": small, "b": large, "c": None, "d": [own, small]}, "jax")
+        assert found["c"] is None
+        assert found["d"][0] is own
+        assert isinstance(found["a"], self.jax.Array)
+        assert not np.shares_memory(to_numpy(found["a"]), small)
+        assert np.shares_memory(to_numpy(found["b"]), large)
+        assert_same(found["a"], small)
+        assert_same(found["b"], large)
+        assert_same(found["d"][1], small)
+
+    @pytest.mark.parametrize("copy", [False, True])
+    def test_memory_is_shared_or_not_on_demand(self, copy):
+        for array in (aligned([1.5, 2.5]), aligned(np.arange(300_000))):
+            found = hand_over_batch([array], "jax", copy=copy)[0]
+            assert np.shares_memory(to_numpy(found), array) is not copy
+
+    @pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", ">i4", "float16", "complex64", "bfloat16", "int4"])
+    def test_dtypes(self, dtype):
+        array = aligned([[1, 0], [1, 1]], dtype)
+        found = hand_over_batch({"x": array, "y": array[0], "z": array[0, 0]}, "jax")
+        native = array.astype(array.dtype.newbyteorder("="))
+        assert_same(found, {"x": native, "y": native[0], "z": native[0, 0]})
+
+    def test_what_jax_would_narrow_is_refused(self):
+        with pytest.raises(ValueError, match="^b: JAX narrows int64; call jax.config.update"):
+            hand_over_batch({"a": aligned([1.5]), "b": np.arange(3)}, "jax")
+        with self.jax.enable_x64(True):
+            assert hand_over_batch({"b": np.arange(3)}, "jax")["b"].dtype == np.int64
+
+    def test_tensors_are_handed_over_as_they_read(self):
+        torch = pytest.importorskip("torch")
+        tensors = {
+            "gradients": torch.ones(3, requires_grad=True),
+            "negative": torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64).conj().imag,
+            "strided": torch.arange(6, dtype=torch.float32)[::2],
+            "extension": torch.arange(6).to(torch.bfloat16),
+        }
+        found = hand_over_batch(tensors, "jax")
+        assert_same(found, {name: to_numpy(tensor) for name, tensor in tensors.items()})
+
+    def test_within_a_transformation(self):
+        sums = self.jax.jit(lambda: sum(self.jax.numpy.sum(leaf) for leaf in hand_over_batch([np.ones(3, "f")], "jax")))
+        assert sums() == 3
+
+    def test_not_a_number_is_handed_over_whatever_jax_looks_for(self):
+        with self.jax.debug_nans(True):
+            assert np.isnan(hand_over_batch([np.full(3, np.nan, "f")], "jax")[0]).all()
+
+    def test_a_device(self):
+        program = """
+            import numpy as np
+            from anystore.handover import hand_over_batch
+            found = hand_over_batch([np.arange(3, dtype="i"), np.zeros(300_000, "f")], "jax", device="cpu:1")
+            print(found[0], [device.id for leaf in found for device in leaf.devices()])
+            """
+        assert on_two_devices_of_jax(textwrap.dedent(program)) == "[0 1 2] [1, 1]\n"
 
 
 class TestCupyOnAStandIn:

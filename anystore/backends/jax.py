@@ -178,7 +178,7 @@ class JaxBackend(Backend):
         self._device = _existing()[self.device]
         self._is_host = bool(self._device.platform == "cpu")
         self._is_alone = len(devices) == 1
-        self._handed_out = jax.jit(_copied, out_shardings=jax.sharding.SingleDeviceSharding(self._device))
+        self._copied = _copies_on(self._device)
 
     @property
     def xp(self) -> ModuleType:
@@ -232,7 +232,8 @@ class JaxBackend(Backend):
             read = self._handed_out(moves.gather(in_memory, rows))
         else:
             cells.held.read = True
-            read = _read(cells.arrays(), rows)
+            with _whatever_it_holds():
+                read = _read(cells.arrays(), rows)
         if isinstance(read[0], jax.core.Tracer):
             raise _traced("read")
         return read
@@ -306,11 +307,7 @@ class JaxBackend(Backend):
         else:
             index = np.array(rows, np.intp)  # a copy, as of what is NumPy's among the leaves
             written = map(of_rows, (arrays,), (index,), (leaves,), (last_writes(index),))
-        if _config.jax_debug_nans or _config.jax_debug_infs:
-            # Their checks come after the update, when the old arrays are gone.
-            with jax.debug_nans(False), jax.debug_infs(False):
-                cells.replace(written)
-        else:
+        with _whatever_it_holds():
             cells.replace(written)
         if isinstance(cells.arrays()[0], jax.core.Tracer):
             cells.replace(iter([arrays]))
@@ -328,8 +325,7 @@ class JaxBackend(Backend):
         if not self.books_elsewhere:
             return list(arrays)
         # A compiled copy takes a small part of the time of device_put, and batches are of few shapes.
-        given: list[Array] = self._handed_out(list(map(np.array, arrays)))
-        return given
+        return self._handed_out(list(map(np.array, arrays)))
 
     def gather_for_bookkeeping(self, buffers: Sequence[_Cell], rows: Rows) -> list[Array]:
         if not self.books_elsewhere:
@@ -343,10 +339,16 @@ class JaxBackend(Backend):
         if not self.books_elsewhere:
             return list(leaves)
         with _wide_enough(*(leaf.dtype for leaf in leaves)):
-            given: list[Array] = self._handed_out(list(leaves))
+            given = self._handed_out(list(leaves))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in given):
             raise _traced("read")
         return given
+
+    def _handed_out(self, arrays: list[NDArray[Any]]) -> list[Array]:
+        """A copy of each, on this device, of arrays that nobody writes to any more: XLA reads them when it likes."""
+        with _whatever_it_holds():
+            copied: list[Array] = self._copied(arrays)
+        return copied
 
     def bring(self, value: Any, dtype: np.dtype[Any]) -> Any:
         if isinstance(value, jax.core.Tracer):
@@ -507,6 +509,17 @@ def _wide_enough(*dtypes: np.dtype[Any]) -> contextlib.AbstractContextManager[ob
     return enable_x64(True) if not _WIDE.isdisjoint(dtypes) and not _config.jax_enable_x64 else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    with jax.debug_nans(False), jax.debug_infs(False):
+        yield
+
+
+def _whatever_it_holds() -> contextlib.AbstractContextManager[object]:
+    """Where no NaN and no infinity is looked for: nothing is computed, and after a write the old arrays are gone."""
+    return _unchecked() if _config.jax_debug_nans or _config.jax_debug_infs else contextlib.nullcontext()
+
+
 def _largest_integer() -> int:
     return int(np.iinfo(jax.dtypes.canonicalize_dtype(np.int64)).max)
 
@@ -581,8 +594,12 @@ def _on_memory(address: int, array: jax.Array) -> NDArray[Any]:
     return np.ndarray(array.shape, array.dtype, memory)
 
 
-def _copied(arrays: list[Any]) -> list[jax.Array]:
-    return [jnp.copy(array) for array in arrays]
+@functools.lru_cache
+def _copies_on(device: jax.Device) -> Any:
+    def copied(arrays: list[Any]) -> list[jax.Array]:
+        return [jnp.copy(array) for array in arrays]
+
+    return jax.jit(copied, out_shardings=jax.sharding.SingleDeviceSharding(device))
 
 
 def _read(buffers: list[jax.Array], rows: Rows) -> Any:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from anystore.convert import is_array, to_numpy
-from anystore.handover import to_library
+from anystore.handover import hand_over_batch, to_library
 from anystore.nests import children
 from anystore.specs import as_count
 
@@ -46,7 +46,8 @@ class Batches(Iterator[Any]):
         The library whose arrays to hand over; None stands for the buffer's own. `Sample.rows`, which go back to the
         buffer, stay in its own.
     copy : bool or None, default None
-        As in `to_library`; None shares memory where it can be.
+        As in `to_library`; None shares memory where that takes less time than a copy: JAX has small arrays copied, all
+        of a batch in one call, which is compiled for each new shape.
     device : str or device object, optional
         As in `to_library`, with `to`: where to hand the arrays over, by default where the buffer has them.
     count : int, optional
@@ -310,9 +311,9 @@ def check_target(to: str | None, device: Any) -> None:
 def hand_over(sample: Any, library: str, copy: bool | None = None, device: Any = None) -> Any:
     """The sample in the arrays of a library, but for its rows."""
     if not _is_sample(sample):
-        return to_library(sample, library, copy=copy, device=device)
+        return hand_over_batch(sample, library, copy=copy, device=device)
     # They are for the buffer alone, and of a dtype that not every library has (JAX has no int64).
-    handed: Any = to_library(sample._replace(rows=None), library, copy=copy, device=device)
+    handed: Any = hand_over_batch(sample._replace(rows=None), library, copy=copy, device=device)
     return handed._replace(rows=sample.rows)
 
 
