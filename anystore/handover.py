@@ -199,8 +199,11 @@ def _obstacle(leaf: Any, library: str) -> str | None:
         return "it is in main memory"
     if isinstance(leaf, np.generic) and library != "numpy":
         return "it is a single number of NumPy's, which has no memory to share"
-    if library == "torch" and isinstance(leaf, np.ndarray) and not leaf.flags.writeable:
-        return "it is read-only, and a tensor is not"
+    if library == "torch" and isinstance(leaf, np.ndarray):
+        if leaf.flags.carray:
+            return None
+        if not leaf.flags.writeable:
+            return "it is read-only, and a tensor is not"
     if library_of(leaf) == "torch" and leaf.requires_grad:
         return "it requires gradients"
     if library_of(leaf) == "torch" and leaf.is_neg():
@@ -261,15 +264,17 @@ def _numpy_share(array: Any) -> Any:
 
 
 def _torch_share(array: Any) -> Any:
-    torch: Any = importlib.import_module("torch")
+    import torch
+
     dtype = as_dtype(array.dtype)
     if type(array) is np.ndarray and is_extension(dtype):
-        return torch.from_dlpack(array.view(f"i{dtype.itemsize}")).view(getattr(torch, dtype.name))
-    return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array.view(f"i{dtype.itemsize}")).view(getattr(torch, dtype.name))
+    return torch.utils.dlpack.from_dlpack(array)
 
 
 def _torch_check(dtype: np.dtype[Any]) -> None:
-    torch: Any = importlib.import_module("torch")
+    import torch
+
     if is_extension(dtype) and not isinstance(getattr(torch, dtype.name, None), torch.dtype):
         raise no_dtype("torch", dtype, "choose another dtype or another library")
 

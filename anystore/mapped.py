@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from anystore.backends.base import free_disk
 from anystore.nests import Nest
 from anystore.snapshot import files
 from anystore.snapshot.directory import commit, file_name, next_version, prepared, stage, sweep, undone_on_error
@@ -93,8 +94,7 @@ class Mapped:
                 commit(self.directory, MANIFEST)
 
     def _warn_if_there_is_no_room(self, entry: StorageEntry) -> None:
-        disk = os.statvfs(self.directory)
-        needed, free = entry.capacity * entry.row_nbytes, disk.f_bavail * disk.f_frsize
+        needed, free = entry.capacity * entry.row_nbytes, free_disk(self.directory)
         if needed > free:
             warnings.warn(
                 f"this storage takes {needed:,} bytes when it is full; {free:,} bytes are free at {self.directory}, "

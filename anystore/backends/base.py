@@ -364,3 +364,9 @@ def host_memory() -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def free_disk(directory: str | os.PathLike[str]) -> int:
+    """The bytes that may still be written below a directory."""
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anystore import moves
-from anystore.backends.base import Array, Backend, is_disk, resolve_device
+from anystore.backends.base import Array, Backend, free_disk, is_disk, resolve_device
 from anystore.backends.random import NumpyRandom, Random
 from anystore.moves import basic_index
 from anystore.rows import Rows
@@ -66,8 +66,7 @@ class NumpyBackend(Backend):
         if self._scratch is None:
             return super().free_memory()
         try:
-            disk = os.statvfs(self._scratch)
-            return disk.f_bavail * disk.f_frsize
+            return free_disk(self._scratch)
         except OSError:  # which allocation then tells of
             return None
 

@@ -122,9 +122,10 @@ class Shared(Plain):
         super().__init__(Storage(stored, ring.capacity, **options), ring, lanes, roles)
         self._records = 2 * lanes.count
         self.storages["records"] = Storage(frames, self._records * self._depth, **options)
-        # To convert whole items before they are taken apart; it holds nothing.
+        # To convert whole items before they are taken apart: batches, of which it holds nothing, and single ones.
         self._whole_items = Storage(nest.data_spec, 1, **options)
         self._backend = self._whole_items.backend
+        self._one_item = Storage(nest.data_spec, 1, casting=self._whole_items.casting)
         self._books = self._backend.bookkeeping
         self.storages["marks"] = Storage(_MARKS, ring.capacity, backend=self._books)
         self._kept_whole = set(stored) - {each.path for each in self._observations if each.axis is not None}
@@ -150,16 +151,13 @@ class Shared(Plain):
     # Writing --------------------------------------------------------------------------------------------------------
 
     def parts_of(self, batch: Any, count: int, lanes: int) -> list[tuple[Any, int]]:
-        parts = self._taken_apart(self._admitted(batch, (count,)))
+        # In NumPy if in main memory, where they are taken apart faster.
+        leaves = map(self._backend.to_bookkeeping, self._nest.flatten(self._whole_items.admit(batch, (count,))))
+        parts = self._taken_apart(dict(zip(self._nest.paths, leaves)))
         # As many whole steps at a time as there are rows, so that no item is overwritten by its own batch.
         most = self._ring.capacity // lanes * lanes
         slices = [slice(start, min(count, start + most)) for start in range(0, count, most)]
         return [(parts.at(each), each.stop - each.start) for each in slices]
-
-    def _admitted(self, value: Any, lead: tuple[int, ...] = ()) -> dict[str, Array]:
-        """The leaves of whole items, by path, checked; in NumPy if in main memory, which is taken apart faster."""
-        leaves = self._nest.flatten(self._whole_items.admit(value, lead))
-        return dict(zip(self._nest.paths, map(self._backend.to_bookkeeping, leaves)))
 
     def _taken_apart(self, leaves: dict[str, Array]) -> _Parts:
         """A batch of whole items in the parts that are needed, checked."""
@@ -179,8 +177,9 @@ class Shared(Plain):
         return _Parts(stored, seen, ends)
 
     def write_one(self, item: Any) -> None:
-        leaves = {path: leaf[None, ...] for path, leaf in self._admitted(item).items()}
-        self.write(self._taken_apart(leaves), 1, None)
+        self._one_item.set(0, item)
+        leaves = self._nest.flatten(self._one_item.get(slice(0, 1), copy=False))
+        self.write(self._taken_apart(dict(zip(self._nest.paths, leaves))), 1, None)
 
     def write(self, batch: _Parts, count: int, lanes: NDArray[np.intp] | None) -> None:
         ids = np.arange(self._lanes.count) if lanes is None else lanes
@@ -240,8 +239,9 @@ class Shared(Plain):
         same = np.ones(shape, bool)
         for each in self._observations:
             known = seen[each.after or each.path]
-            before = np.concatenate([self._expected[each.path][ids], known[: -len(ids)]])
-            now = seen[each.path]
+            before, now = self._expected[each.path][ids], seen[each.path]
+            if len(now) > len(ids):
+                before = np.concatenate([before, known[: -len(ids)]])
             if each.after is None:  # all that is known of the next stack is its older frames
                 before, now = each.newer(before), each.older(now)
             same &= _equal(before, now).reshape(shape)
@@ -291,7 +291,7 @@ class Shared(Plain):
     def _records_of(self, begins: NDArray[np.bool_], ids: NDArray[np.intp], taken: list[int]) -> NDArray[np.int64]:
         """The record of each item: one of those `taken` for each episode that begins."""
         if not taken:
-            return np.broadcast_to(self._record[ids], begins.shape)
+            return np.tile(self._record[ids], (len(begins), 1))
         records = np.full(begins.shape, -1, np.int64)
         records[0] = self._record[ids]
         records[begins] = taken
