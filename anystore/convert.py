@@ -75,14 +75,15 @@ def to_numpy(value: Any) -> NDArray[Any]:
 
 
 def _read_torch(tensor: Any) -> NDArray[Any]:
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     dtype = as_dtype(tensor.dtype)
     if not is_extension(dtype):
-        return np.asarray(tensor)
+        found: NDArray[Any] = tensor.numpy(force=True)
+        return found
     import torch
 
     # bfloat16 and float8, which Tensor.numpy() does not know (pytorch #109873)
-    return np.asarray(tensor.view({1: torch.int8, 2: torch.int16}[dtype.itemsize])).view(dtype)
+    bits = tensor.detach().cpu().view({1: torch.int8, 2: torch.int16}[dtype.itemsize])
+    return np.asarray(bits).view(dtype)
 
 
 def _read_tensorflow(tensor: Any) -> NDArray[Any]:
