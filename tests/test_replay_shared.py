@@ -205,6 +205,21 @@ class SharedContract:
             found = self.numbers_of(buffer, kept)
             assert set(range(6 + depth - 1, 17)) <= set(found) <= set(range(6, 17))
 
+    @pytest.mark.parametrize("shape", [(4, 3, 2), (3, 4, 2), (3, 2, 4), (4,)], ids=str)
+    def test_stacks_that_do_not_move_on_are_refused_wherever_they_differ(self, shape: tuple[int, ...]) -> None:
+        axis = shape.index(4)
+        spec = {"obs": ArraySpec(shape, "uint8"), "next_obs": ArraySpec(shape, "uint8")}
+        buffer = self.make(5, spec, stacks={"obs": axis}, shared={"next_obs": "obs"})
+        obs = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+        for place in np.ndindex(*shape):
+            after = np.roll(obs, -1, axis)
+            after[place] += 1
+            if place[axis] == 3:
+                buffer.add({"obs": obs, "next_obs": after})
+            else:
+                with pytest.raises(ValueError, match="^next_obs: expected the frames of obs moved on by one"):
+                    buffer.add({"obs": obs, "next_obs": after})
+
     @pytest.mark.parametrize("dtype", ["bool", "complex64", "bfloat16", "float8_e5m2"])
     def test_frames_of_any_dtype(self, dtype: str) -> None:
         spec = {"obs": ArraySpec((2, 3), dtype), "next_obs": ArraySpec((2, 3), dtype), "done": FLAG}

@@ -14,6 +14,7 @@ before its first item, the latest of them last. A record is free again once the 
 from __future__ import annotations
 
 import heapq
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -68,10 +69,6 @@ class _Observation(NamedTuple):
     def older(self, leaf: Array) -> Array:
         """The frames before it, in stacks as they are."""
         return leaf[self._among_frames(slice(None, -1))]
-
-    def newer(self, leaf: Array) -> Array:
-        """The frames behind the oldest one."""
-        return leaf[self._among_frames(slice(1, None))]
 
     def _among_frames(self, frames: Any) -> tuple[Any, ...]:
         assert self.axis is not None
@@ -242,9 +239,9 @@ class Shared(Plain):
             before, now = self._expected[each.path][ids], seen[each.path]
             if len(now) > len(ids):
                 before = np.concatenate([before, known[: -len(ids)]])
-            if each.after is None:  # all that is known of the next stack is its older frames
-                before, now = each.newer(before), each.older(now)
-            same &= _equal(before, now).reshape(shape)
+            # Where nothing is shared, all that is known of the next stack is its older frames.
+            alike = _move_on(each, before, now) if each.after is None else _equal(before, now)
+            same &= alike.reshape(shape)
         return same
 
     def _count_strangers(self, first: NDArray[Any], later: NDArray[Any], count: int) -> None:
@@ -539,7 +536,7 @@ def _check_frames(each: _Observation, now: NDArray[Any], after: NDArray[Any]) ->
     """That the older frames of what follows are the newer ones of what was observed."""
     if each.axis is None:
         return
-    if not _equal(each.newer(now), each.older(after)).all():
+    if not _move_on(each, now, after).all():
         raise ValueError(
             f"{each.after}: expected the frames of {each.path} moved on by one and a new frame behind them along axis "
             f"{each.axis}, found others; store such items without stacks="
@@ -548,8 +545,25 @@ def _check_frames(each: _Observation, now: NDArray[Any], after: NDArray[Any]) ->
 
 def _equal(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
     """Whether each item of one batch has the bytes of the same item of another."""
-    if one.size == 0:
-        return np.ones(len(one), bool)
-    pair = [np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8) for array in (one, other)]
-    same: NDArray[np.bool_] = (pair[0] == pair[1]).all(axis=1)
+    same: NDArray[np.bool_] = (_bytes(one) == _bytes(other)).all(axis=1)
     return same
+
+
+def _move_on(each: _Observation, stacks: NDArray[Any], later: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether the older frames of each of `later` have the bytes of the newer ones of `stacks`."""
+    assert each.axis is not None
+    frame = math.prod(each.spec.shape[each.axis + 1 :]) * each.spec.dtype.itemsize
+    if not stacks.size or each.frames == 1:
+        return np.ones(len(stacks), bool)
+    # A frame further on in memory, all in one: channels-last stacks would be compared byte by byte.
+    alike = np.ones((len(stacks), each.spec.nbytes), bool)
+    np.equal(_bytes(stacks)[:, frame:], _bytes(later)[:, :-frame], out=alike[:, :-frame])
+    alike.reshape(-1, each.frames, frame)[:, -1] = True
+    same: NDArray[np.bool_] = np.logical_and.reduce(alike, axis=1)
+    return same
+
+
+def _bytes(batch: NDArray[Any]) -> NDArray[np.uint8]:
+    """The bytes of each item."""
+    flat = np.ascontiguousarray(batch).reshape(len(batch), math.prod(batch.shape[1:]))
+    return flat.view(np.uint8)
