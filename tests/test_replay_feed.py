@@ -457,7 +457,7 @@ class TestStreams:
                     return Drawn(cupy.asarray([1]), cupy.asarray([2]))
 
             monkeypatch.setattr(feed, "hand_over_batch", hand_over)
-            batches = Batches(Buffer(), 3, prefetch=prefetch, to="torch", count=2)
+            batches = Batches(Buffer(), 3, prefetch=prefetch, to="numpy", count=2)
             assert len(list(batches)) == 2
             assert threads == [threading.current_thread()] * 2
 
