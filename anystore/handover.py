@@ -173,7 +173,8 @@ def _hand_over(leaf: Any, library: str, copy: bool | None, there: Backend | None
     try:
         if there is not None and leaves_main_memory:
             # Not shared first and moved then: JAX moves it later, when its owner may have changed it.
-            return there.from_numpy(to_numpy(leaf))
+            array = to_numpy(leaf)
+            return there.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
         return taker.from_numpy(_own_copy(to_numpy(leaf)))
     except (BufferError, RuntimeError) as error:
         raise ValueError(f"{library} cannot hold {dtype}: {error}") from error
@@ -286,8 +287,7 @@ def _jax_share(array: Any) -> Any:
         # By DLPack it would be XLA's threads that give NumPy's memory back. For that they take the lock of the
         # interpreter, which ends the process with an abort where Python ends meanwhile (pytorch #38228).
         array = array if type(array) is np.ndarray else _numpy_share(array)
-        with jax.ensure_compile_time_eval():
-            shared = jax.device_put(array, jax.local_devices(backend="cpu")[0], may_alias=True)
+        shared = _jax_from_numpy(array)
     else:
         shared = jax.dlpack.from_dlpack(array)
     if 0 not in array.shape and shared.unsafe_buffer_pointer() != _layout(array).address:
@@ -296,9 +296,10 @@ def _jax_share(array: Any) -> Any:
 
 
 def _jax_from_numpy(array: NDArray[Any]) -> Any:
-    import jax.numpy as jnp
+    import jax
 
-    return jnp.array(array, copy=True)
+    with jax.ensure_compile_time_eval():
+        return jax.device_put(array, jax.local_devices(backend="cpu")[0], may_alias=True)
 
 
 def _jax_check(dtype: np.dtype[Any]) -> None:
@@ -347,7 +348,7 @@ def _of(library: str, path: str) -> Callable[[Any], Any]:
 _TAKERS = {
     "numpy": _Taker(_numpy_share, lambda array: array, np.array),
     "torch": _Taker(_torch_share, _torch_share, lambda tensor: tensor.detach().clone().contiguous(), _torch_check),
-    "jax": _Taker(_jax_share, _jax_from_numpy, _jax_from_numpy, _jax_check),
+    "jax": _Taker(_jax_share, _jax_from_numpy, _of("jax", "numpy.copy"), _jax_check),
     "tensorflow": _Taker(_tensorflow_share, _of("tensorflow", "constant"), _of("tensorflow", "identity")),
     "cupy": _Taker(_of("cupy", "from_dlpack"), _of("cupy", "asarray"), lambda array: array.copy()),
 }

@@ -281,6 +281,21 @@ class TestToLibrary:
             """
         assert on_two_devices_of_jax(textwrap.dedent(program)) == "1.0\n"
 
+    def test_the_byte_order_of_what_goes_to_another_device_of_jax(self):
+        pytest.importorskip("jax")
+        program = """
+            import numpy as np
+            from anystore import to_library
+            print(to_library(np.arange(3, dtype=">i4"), "jax", device="cpu:1"))
+            """
+        assert on_two_devices_of_jax(textwrap.dedent(program)) == "[0 1 2]\n"
+
+    def test_a_copy_in_jax_is_not_searched_for_nan(self):
+        jax = pytest.importorskip("jax")
+        array = aligned([np.nan, 1.5])
+        with jax.debug_nans(True):
+            assert_same(to_library(array, "jax", copy=True), array)
+
     @pytest.mark.parametrize("owner", ["numpy", "torch"])
     def test_python_may_end_while_jax_works_on_shared_memory(self, owner):
         pytest.importorskip("jax")
