@@ -123,9 +123,11 @@ class Shared(Plain):
         self._whole_items = Storage(nest.data_spec, 1, **options)
         self._backend = self._whole_items.backend
         self._one_item = Storage(nest.data_spec, 1, casting=self._whole_items.casting)
+        self._its_leaves = dict(zip(nest.paths, nest.flatten(self._one_item.get(..., copy=False))))
         self._books = self._backend.bookkeeping
         self.storages["marks"] = Storage(_MARKS, ring.capacity, backend=self._books)
         self._kept_whole = set(stored) - {each.path for each in self._observations if each.axis is not None}
+        self._every_lane = np.arange(lanes.count)
         self._forget()
 
     def _forget(self) -> None:
@@ -175,36 +177,46 @@ class Shared(Plain):
 
     def write_one(self, item: Any) -> None:
         self._one_item.set(0, item)
-        leaves = self._nest.flatten(self._one_item.get(slice(0, 1), copy=False))
-        self.write(self._taken_apart(dict(zip(self._nest.paths, leaves))), 1, None)
+        self.write(self._taken_apart(self._its_leaves), 1, None)
 
     def write(self, batch: _Parts, count: int, lanes: NDArray[np.intp] | None) -> None:
-        ids = np.arange(self._lanes.count) if lanes is None else lanes
-        numbers = (self._ring.total + np.arange(count)).reshape(-1, len(ids))  # of steps and lanes, as all below
-        ends = batch.ends.reshape(numbers.shape).copy()
-        begins = ~self._goes_on(batch.seen, ids, numbers.shape)
-        self._count_strangers(begins[0] & (self._record[ids] >= 0), begins[1:] & ~ends[:-1], count)
-        begins[0] |= self._record[ids] < 0
+        ids = self._every_lane if lanes is None else lanes
+        shape = (count // len(ids), len(ids))  # of steps and lanes, as all below
+        oldest, self._written = self._ring.total + count - self._ring.capacity, self._written + count
+        goes_on, ends = self._goes_on(batch.seen, lanes, shape), batch.ends.reshape(shape)
+        episodes = self._episodes(goes_on, ends, ids, oldest)
+        ends, records, ended = episodes.ends, episodes.records, episodes.broken_off
+        if ends.any():
+            numbers = (self._ring.total + np.arange(count)).reshape(shape)
+            ended = [*ended, *zip(numbers[ends].tolist(), records[ends].tolist())]
+        expected = {each.path: batch.seen[each.after or each.path][-len(ids) :] for each in self._observations}
+        self._change = _Change(ids, np.where(ends[-1], -1, records[-1]), expected, ended, episodes.taken)
+        self._mark_ends(episodes.broken_off, oldest)
+        runs = self._ring.next_rows(count)
+        write_run(self.storages["items"], runs, batch.stored, count)
+        marks = {"begins": episodes.begins, "ends": ends, "record": records.astype(np.int32)}
+        write_run(self.storages["marks"], runs, {name: each.reshape(-1) for name, each in marks.items()}, count)
+        self._write_records(batch.seen, episodes)
+
+    def _episodes(
+        self, goes_on: NDArray[np.bool_], ends: NDArray[np.bool_], ids: NDArray[np.intp], oldest: int
+    ) -> _Episodes:
+        """The episodes that items are of, of which item `oldest` will be the oldest that is there."""
+        before = self._record[ids]
+        if len(goes_on) == 1 and goes_on.all() and (before >= 0).all():
+            # Most writes are of a step in which no episode begins.
+            return _Episodes(~goes_on, ends, before[None], [], [])
+        begins, ends = ~goes_on, ends.copy()
+        # Those that do not go on though no end of an episode says why.
+        strangers = begins[0] & (before >= 0), begins[1:] & ~ends[:-1]
+        self._strangers += sum(map(np.count_nonzero, strangers))
+        begins[0] |= before < 0
         begins[1:] |= ends[:-1]
         ends[:-1] |= begins[1:]
-        oldest, episodes = self._ring.total + count - self._ring.capacity, int(begins.sum())
-        self._reserve(episodes, oldest)
-        taken = [self._free.pop() for _ in range(episodes)]
-        records = self._records_of(begins, ids, taken)
-        broken_off, ended = self._going_on(ids[begins[0]])
-        self._change = _Change(
-            ids,
-            np.where(ends[-1], -1, records[-1]),
-            {each.path: batch.seen[each.after or each.path][-len(ids) :] for each in self._observations},
-            [*ended, *zip(numbers[ends].tolist(), records[ends].tolist())],
-            taken,
-        )
-        self._mark_ends(broken_off, oldest)
-        write_run(self.storages["items"], self._ring.next_rows(count), batch.stored, count)
-        marks = {"begins": begins, "ends": ends, "record": records.astype(np.int32)}
-        marks = {name: each.reshape(-1) for name, each in marks.items()}
-        write_run(self.storages["marks"], self._ring.next_rows(count), marks, count)
-        self._write_records(batch.seen, begins, ends, records)
+        count = int(begins.sum())
+        self._reserve(count, oldest)
+        taken = [self._free.pop() for _ in range(count)]
+        return _Episodes(begins, ends, self._records_of(begins, before, taken), self._going_on(ids[begins[0]]), taken)
 
     def settle(self) -> None:
         change = self._change
@@ -231,23 +243,20 @@ class Shared(Plain):
                 rows = self._record[lanes] * self._depth + self._depth - 1
                 self._select("records", each.path).set(rows, each.newest(self._expected[each.path][lanes]))
 
-    def _goes_on(self, seen: dict[str, NDArray[Any]], ids: NDArray[np.intp], shape: tuple[int, ...]) -> Any:
+    def _goes_on(
+        self, seen: dict[str, NDArray[Any]], lanes: NDArray[np.intp] | None, shape: tuple[int, int]
+    ) -> NDArray[np.bool_]:
         """Whether each item begins with what followed the one before it in its lane."""
-        same = np.ones(shape, bool)
+        same = np.ones(shape[0] * shape[1], bool)
         for each in self._observations:
-            known = seen[each.after or each.path]
-            before, now = self._expected[each.path][ids], seen[each.path]
-            if len(now) > len(ids):
-                before = np.concatenate([before, known[: -len(ids)]])
+            before, now = self._expected[each.path], seen[each.path]
+            if lanes is not None:
+                before = before[lanes]
+            if shape[0] > 1:
+                before = np.concatenate([before, seen[each.after or each.path][: -shape[1]]])
             # Where nothing is shared, all that is known of the next stack is its older frames.
-            alike = _move_on(each, before, now) if each.after is None else _equal(before, now)
-            same &= alike.reshape(shape)
-        return same
-
-    def _count_strangers(self, first: NDArray[Any], later: NDArray[Any], count: int) -> None:
-        """Count the items that do not go on from those before them, though no end of an episode says why."""
-        self._strangers += int(np.count_nonzero(first) + np.count_nonzero(later))
-        self._written += count
+            same &= _move_on(each, before, now) if each.after is None else _equal(before, now)
+        return same.reshape(shape)
 
     def warn(self) -> None:
         if self._strangers >= _STRANGERS * self._lanes.count and 2 * self._strangers > self._written:
@@ -273,51 +282,46 @@ class Shared(Plain):
                 count, before = records.capacity // self._depth, self._records
                 self._free, self._records = [*range(count - 1, before - 1, -1), *self._free], count
 
-    def _going_on(self, lanes: NDArray[np.intp]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    def _going_on(self, lanes: NDArray[np.intp]) -> list[tuple[int, int]]:
         """The newest items of these lanes, where an episode goes on, and each with the episode's record."""
         lanes = lanes[self._record[lanes] >= 0]
-        numbers = self._lanes.newest(lanes)
-        return numbers, list(zip(numbers.tolist(), self._record[lanes].tolist()))
+        return list(zip(self._lanes.newest(lanes).tolist(), self._record[lanes].tolist()))
 
-    def _mark_ends(self, numbers: NDArray[np.int64], oldest: int) -> None:
+    def _mark_ends(self, items: list[tuple[int, int]], oldest: int) -> None:
         """Mark that episodes end with these items, if they are not older than `oldest`."""
-        there = numbers[numbers >= oldest]
-        if there.size:
-            self._select("marks", "ends").set(there % self._ring.capacity, True)
+        there = [number % self._ring.capacity for number, _ in items if number >= oldest]
+        if there:
+            self._select("marks", "ends").set(there, True)
 
-    def _records_of(self, begins: NDArray[np.bool_], ids: NDArray[np.intp], taken: list[int]) -> NDArray[np.int64]:
-        """The record of each item: one of those `taken` for each episode that begins."""
-        if not taken:
-            return np.tile(self._record[ids], (len(begins), 1))
+    def _records_of(self, begins: NDArray[np.bool_], before: NDArray[np.int64], taken: list[int]) -> NDArray[np.int64]:
+        """The record of each item: what it was `before`, or one of those `taken` for each episode that begins."""
         records = np.full(begins.shape, -1, np.int64)
-        records[0] = self._record[ids]
+        records[0] = before
         records[begins] = taken
         steps = np.arange(len(begins))[:, None]
         latest = np.maximum.accumulate(np.where(begins, steps, 0), axis=0)
         return np.take_along_axis(records, latest, axis=0)
 
-    def _write_records(
-        self, seen: dict[str, NDArray[Any]], begins: NDArray[Any], ends: NDArray[Any], records: NDArray[Any]
-    ) -> None:
+    def _write_records(self, seen: dict[str, NDArray[Any]], episodes: _Episodes) -> None:
         """What came before the episodes that begin, and what followed the last item so far of every episode."""
-        first, flat = begins.reshape(-1), records.reshape(-1)
-        last = ends.copy()
-        last[-1] = True
-        last = last.reshape(-1)
+        first, ends, records = episodes.begins.reshape(-1), episodes.ends, episodes.records.reshape(-1)
+        last: Any = slice(None)
+        if len(ends) > 1:
+            last = np.concatenate([ends[:-1], np.ones_like(ends[-1:])]).reshape(-1)
         for each in self._observations:
             storage = self._select("records", each.path)
-            if each.axis is not None and first.any():
-                rows = flat[first][:, None] * self._depth + np.arange(self._depth - each.frames, self._depth - 1)
+            if each.axis is not None and episodes.taken:
+                rows = records[first][:, None] * self._depth + np.arange(self._depth - each.frames, self._depth - 1)
                 storage.set(rows, np.moveaxis(each.older(seen[each.path][first]), each.axis + 1, 1))
             if each.after is not None:
-                storage.set(flat[last] * self._depth + self._depth - 1, each.newest(seen[each.after][last]))
+                storage.set(records[last] * self._depth + self._depth - 1, each.newest(seen[each.after])[last])
 
     def end(self, lanes: NDArray[np.intp]) -> None:
         if self._truncated is not None:
             super().end(lanes)
-        numbers, ended = self._going_on(lanes)
+        ended = self._going_on(lanes)
         self._change = _Change(lanes, -1, {}, ended, [])
-        self._mark_ends(numbers, self._ring.items.start)
+        self._mark_ends(ended, self._ring.items.start)
         self.settle()
 
     def clear(self) -> None:
@@ -439,6 +443,18 @@ class Shared(Plain):
         return frames
 
 
+class _Episodes(NamedTuple):
+    """The episodes that the items of a batch are of: arrays of steps and lanes, and what is to be done."""
+
+    begins: NDArray[np.bool_]
+    ends: NDArray[np.bool_]
+    records: NDArray[np.int64]
+    broken_off: list[tuple[int, int]]
+    """The newest items, and the records, of episodes that do not go on though they have not ended."""
+    taken: list[int]
+    """The records of the episodes that begin."""
+
+
 class _Change(NamedTuple):
     """What a write makes of the episodes of lanes, once it holds."""
 
@@ -556,7 +572,7 @@ def _move_on(each: _Observation, stacks: NDArray[Any], later: NDArray[Any]) -> N
     if not stacks.size or each.frames == 1:
         return np.ones(len(stacks), bool)
     # A frame further on in memory, all in one: channels-last stacks would be compared byte by byte.
-    alike = np.ones((len(stacks), each.spec.nbytes), bool)
+    alike = np.empty((len(stacks), each.spec.nbytes), bool)
     np.equal(_bytes(stacks)[:, frame:], _bytes(later)[:, :-frame], out=alike[:, :-frame])
     alike.reshape(-1, each.frames, frame)[:, -1] = True
     same: NDArray[np.bool_] = np.logical_and.reduce(alike, axis=1)
