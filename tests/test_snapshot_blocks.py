@@ -160,7 +160,8 @@ def test_an_interrupt_leaves_other_files_alone(tmp_path: Path, monkeypatch: pyte
 
     class Interrupted(queue.SimpleQueue):
         def get(self) -> Any:
-            if threading.current_thread() is threading.main_thread():
+            # `current_thread` would enter the other thread into `threading.enumerate` for good.
+            if threading.get_ident() == threading.main_thread().ident:
                 raise KeyboardInterrupt
             return super().get()
 
